@@ -1,0 +1,269 @@
+"""The schema of recipes/*.yaml: every knob, its type, its default. Imports no torch.
+
+A recipe is read once, checked whole, and passed down as plain values. Knobs that TRL has carry TRL's
+names and defaults (GRPOConfig, SFTConfig of TRL 1.16); the others say so.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """Where the policy comes from: a checkpoint folder or hub id, or a fresh model of `config`."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    """Keys of SSEConfig, for a model from scratch; the tokenizer sets the vocabulary size."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either model.path or model.config")
+        return self
+
+
+class Source(Section):
+    """Problems from a JSONL file, a hub dataset, or a generated task; exactly one of the three."""
+
+    path: str | None = None
+    """A .jsonl or .parquet file, relative to the working directory."""
+    dataset: str | None = None
+    """A Hugging Face dataset id."""
+    dataset_config: str | None = None
+    split: str = "train"
+    task: str | None = None
+    """A generated task of reasoning-gym, e.g. chain_sum."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    size: Positive = 10000
+    """Problems to generate, before duplicates are dropped."""
+    seed: NonNegative = 0
+    """Of the generated problems, apart from the run's seed: every run sees the same split."""
+    problem: str = "problem"
+    """Name of the column with the question; likewise the next ones."""
+    answer: str = "answer"
+    solution: str = "solution"
+    id: str = "id"
+    kind: Literal["auto", "aime", "math"] = "auto"
+    limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if sum(origin is not None for origin in (self.path, self.dataset, self.task)) != 1:
+            raise ValueError("give exactly one of path, dataset, task")
+        return self
+
+
+class Data(Section):
+    tokenizer: str = "bytes"
+    """`bytes` is the byte-level tokenizer of this package; otherwise a folder or a hub id."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's own template."""
+    system_prompt: str | None = None
+    prompt_template: str = (
+        "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+    )
+    """A Python format string over the row's columns."""
+    max_prompt_length: Positive = 1024
+    train: Source
+    test: Source | None = None
+    """Held-out problems; without it, `test_fraction` of train, chosen by a hash of the question."""
+    test_fraction: Fraction = 0.1
+    test_limit: Positive | None = None
+
+
+class Sft(Section):
+    """The cold start. SFTConfig's names; packing and the loss on the completion alone are on."""
+
+    max_steps: Positive
+    learning_rate: PositiveFloat = 2e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: NonNegative = 0
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    per_device_train_batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    max_length: Positive = 1024
+    gradient_checkpointing: bool = True
+    bf16: bool = False
+    logging_steps: Positive = 10
+
+
+class Correction(Section):
+    """What to do about the gap between the log-probs of rollout and learner."""
+
+    level: Literal["none", "token", "sequence", "geometric"] = "sequence"
+    """sequence is exp of the summed log-ratio, geometric exp of its mean."""
+    mode: Literal["mask", "truncate"] = "mask"
+    """truncate clamps the ratio into the band, mask zeroes what lies outside it."""
+    clip_min: NonNegativeFloat | None = None
+    clip_max: PositiveFloat | None = 3.0
+
+
+class Grpo(Section):
+    max_steps: Positive
+    prompts_per_step: Positive = 8
+    """Prompts in one optimisation batch; `num_generations` answers each."""
+    num_generations: Positive = 8
+    max_completion_length: Positive = 512
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegative = 0
+    min_p: Fraction | None = None
+
+    learning_rate: NonNegativeFloat = 1e-6
+    lr_scheduler_type: Literal["linear", "constant", "cosine", "constant_with_warmup"] = "linear"
+    warmup_steps: NonNegative = 0
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    num_iterations: Positive = 1
+    """Optimiser steps on each batch of rollouts."""
+    gradient_checkpointing: bool = False
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    epsilon: NonNegativeFloat = 0.2
+    epsilon_high: NonNegativeFloat | None = None
+    """A wider upper clip keeps unlikely tokens alive (DAPO, arXiv 2503.14476)."""
+    delta: PositiveFloat | None = None
+    """Upper bound of the ratio where the advantage is negative (dual clip)."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the KL with the model that GRPO started from (k3 estimator)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mask_truncated_completions: bool = False
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of the load-balance loss; the model's own `aux_loss_coef` if not given."""
+
+    max_tokens_per_micro_batch: Positive = 16384
+    """The budget of one packed row; how a batch is split never changes its gradient."""
+    routing_replay: bool = True
+    """The learner routes each token as the rollout did."""
+    correction: Correction = Field(default_factory=Correction)
+    max_staleness: NonNegative = 0
+    """Weight versions that a trajectory may lag behind; 0 is synchronous."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and refill the batch (DAPO)."""
+    dynamic_sampling_max_rounds: Positive = 4
+    """Rounds of refilling before the step goes on with the groups it has."""
+    shuffle_rewards: bool = False
+    """A control experiment: rewards permuted within the batch. Learning must vanish."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.num_generations == 1 and self.scale_rewards == "group":
+            raise ValueError(
+                "num_generations = 1 with scale_rewards = group: a group of one has no spread; "
+                "use num_generations >= 2"
+            )
+        if self.num_generations == 1:
+            raise ValueError("num_generations = 1: the group's mean is its only reward, so every "
+                             "advantage is 0; use num_generations >= 2")
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
+            raise ValueError(
+                f"loss_type = cispo caps each weight at epsilon_high, an absolute value: "
+                f"epsilon_high must be >= 1 (e.g. 5.0), got {self.epsilon_high}"
+            )
+        if self.dynamic_sampling and self.shuffle_rewards:
+            raise ValueError("dynamic_sampling and shuffle_rewards exclude each other")
+        return self
+
+
+class Rollout(Section):
+    num_workers: Positive = 1
+    num_cpus_per_worker: PositiveFloat = 1.0
+    num_gpus_per_worker: NonNegativeFloat = 0.0
+    num_threads: Positive | None = None
+    """torch threads of each worker; None leaves Ray's choice."""
+    max_num_seqs: Positive = 256
+    """State slots: sequences decoded together."""
+    max_num_batched_tokens: Positive = 8192
+    """Prompt tokens prefilled in one step."""
+    page_size: Positive = 64
+    num_pages: Positive | None = None
+    """KV pages; None takes what max_num_seqs sequences of full length need."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    timeout_s: PositiveFloat = 600.0
+    """A worker that gives no sign of life for this long is replaced."""
+    max_restarts: NonNegative = 3
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+
+
+class Reward(Section):
+    name: str
+    """accuracy, boxed, think_format, soft_overlong, repetition, or `package.module:function`
+    in TRL's signature."""
+    weight: float = 1.0
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Rewards(Section):
+    components: list[Reward] = Field(default_factory=lambda: [Reward(name="accuracy")], min_length=1)
+    num_workers: Positive = 1
+    """Killable grader processes."""
+    time_limit_s: PositiveFloat = 2.0
+    batch_timeout_s: PositiveFloat = 300.0
+
+
+class Eval(Section):
+    every: NonNegative = 0
+    """GRPO steps between evaluations; 0 evaluates before the first and after the last only."""
+    num_samples: Positive = 4
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: Positive | None = None
+    """None takes grpo.max_completion_length."""
+    greedy: bool = True
+    """One more sample at temperature 0, reported beside."""
+    benchmarks: list[str] = Field(default_factory=list)
+    """Further benchmarks, by name or path; the held-out problems of `data` are always evaluated."""
+
+
+class Checkpoint(Section):
+    every: NonNegative = 50
+    """GRPO steps between checkpoints; 0 writes one at the end only."""
+    keep: Positive = 2
+
+
+class Cluster(Section):
+    learner_cpus: PositiveFloat = 1.0
+    learner_gpus: NonNegativeFloat = 0.0
+    learner_threads: Positive | None = None
+    reward_cpus: NonNegativeFloat = 0.0
+    placement_timeout_s: PositiveFloat = 120.0
+    learner_timeout_s: PositiveFloat = 1800.0
+
+
+class Export(Section):
+    enabled: bool = True
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegative = 0
+    model: Model
+    data: Data
+    sft: Sft | None = None
+    grpo: Grpo | None = None
+    rollout: Rollout = Field(default_factory=Rollout)
+    rewards: Rewards = Field(default_factory=Rewards)
+    eval: Eval = Field(default_factory=Eval)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    cluster: Cluster = Field(default_factory=Cluster)
+    export: Export = Field(default_factory=Export)
