@@ -1,6 +1,6 @@
 """The schema of recipes/*.yaml: every knob, its type, its default. Imports no torch.
 
-A recipe is read once, checked whole, and passed down as plain values. Knobs that TRL has carry TRL's
+A recipe is read once, checked whole, and passed down as plain values. Knobs that TRL has carry its
 names and defaults (GRPOConfig, SFTConfig of TRL 1.16); the others say so.
 """
 
@@ -18,7 +18,14 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 class Model(Section):
@@ -56,8 +63,11 @@ class Source(Section):
     """Name of the column with the question; likewise the next ones."""
     answer: str = "answer"
     solution: str = "solution"
+    """A worked solution to imitate in the cold start; without one, the answer in a box."""
     id: str = "id"
     kind: Literal["auto", "aime", "math"] = "auto"
+    """How answers are compared. Of a generated task, `aime` keeps the problems that it can compare,
+    whose answer is an integer 0..999."""
     limit: Positive | None = None
 
     @model_validator(mode="after")
@@ -78,6 +88,7 @@ class Data(Section):
     )
     """A Python format string over the row's columns."""
     max_prompt_length: Positive = 1024
+    """Tokens. A longer training prompt is left out and counted, a longer test prompt an error."""
     train: Source
     test: Source | None = None
     """Held-out problems; without it, `test_fraction` of train, chosen by a hash of the question."""
@@ -97,9 +108,12 @@ class Sft(Section):
     per_device_train_batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     max_length: Positive = 1024
+    """Tokens of a packed row; an example longer than that is left out and counted."""
     gradient_checkpointing: bool = True
     bf16: bool = False
     logging_steps: Positive = 10
+    save_steps: NonNegative = 0
+    """Steps between checkpoints that an interrupted cold start goes on from; 0 starts it anew."""
 
 
 class Correction(Section):
@@ -172,8 +186,10 @@ class Grpo(Section):
                 "use num_generations >= 2"
             )
         if self.num_generations == 1:
-            raise ValueError("num_generations = 1: the group's mean is its only reward, so every "
-                             "advantage is 0; use num_generations >= 2")
+            raise ValueError(
+                "num_generations = 1: the group's mean is its only reward, so every "
+                "advantage is 0; use num_generations >= 2"
+            )
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
             raise ValueError(
                 f"loss_type = cispo caps each weight at epsilon_high, an absolute value: "
@@ -214,7 +230,9 @@ class Reward(Section):
 
 
 class Rewards(Section):
-    components: list[Reward] = Field(default_factory=lambda: [Reward(name="accuracy")], min_length=1)
+    components: list[Reward] = Field(
+        default_factory=lambda: [Reward(name="accuracy")], min_length=1
+    )
     num_workers: Positive = 1
     """Killable grader processes."""
     time_limit_s: PositiveFloat = 2.0
