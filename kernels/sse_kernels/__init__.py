@@ -1,0 +1,32 @@
+"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, output norm, convolution.
+
+Knows nothing of models. Needs torch alone.
+"""
+
+from .conv import causal_conv, causal_conv_step
+from .delta.naive import naive_sse_gdn
+from .delta.op import sse_gdn, sse_gdn_step
+from .delta.recurrent import recurrent_sse_gdn, recurrent_sse_gdn_step
+from .gla.naive import naive_sse_gla
+from .gla.op import sse_gla, sse_gla_step
+from .gla.recurrent import recurrent_sse_gla, recurrent_sse_gla_step
+from .norm import gated_rms_norm
+from .routing import Routing, route
+
+__all__ = [
+    "Routing",
+    "causal_conv",
+    "causal_conv_step",
+    "gated_rms_norm",
+    "naive_sse_gdn",
+    "naive_sse_gla",
+    "recurrent_sse_gdn",
+    "recurrent_sse_gdn_step",
+    "recurrent_sse_gla",
+    "recurrent_sse_gla_step",
+    "route",
+    "sse_gdn",
+    "sse_gdn_step",
+    "sse_gla",
+    "sse_gla_step",
+]

@@ -1,0 +1,11 @@
+"""The dtype in which an operator computes and keeps its state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 stays fp64, so that gradients can be checked; everything else computes in fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

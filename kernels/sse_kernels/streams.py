@@ -1,0 +1,59 @@
+"""The 1 + K streams of a token: the shared one first, then its partitions in ascending order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .dtypes import compute_dtype
+from .routing import Routing
+
+
+def touched(ids: Tensor) -> Tensor:
+    """Indices [B, 1+K] into the state's partition axis: 0 is shared, 1 + n is partition n."""
+    return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
+
+
+def stack_streams(shared: Tensor, sparse: Tensor, group: int = 1) -> Tensor:
+    """[B, H, ...] and [B, K, H, ...] as [B, 1+K, H * group, ...], each head repeated in place."""
+    x = torch.cat([shared[:, None], sparse], dim=1)
+    return x if group == 1 else x.repeat_interleave(group, dim=2)
+
+
+def sum_streams(o: Tensor) -> Tensor:
+    """Sum [B, 1+K, Hv, Dv] over its streams, always in the same order."""
+    total = o[:, 0]
+    for slot in range(1, o.shape[1]):
+        total = total + o[:, slot]
+    return total
+
+
+def scan_tokens(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor,
+    v: Tensor,
+    routing: Routing,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `step(states [B', 1+K, Hv, Dv, Dk], rows [B']) -> (states, o)` along all sequences."""
+    state_shape = (len(cu_seqlens) - 1, 1 + routing.probs.shape[1], *v.shape[1:], q.shape[2])
+    if initial_state is None:
+        state = v.new_zeros(state_shape, dtype=compute_dtype(q))
+    else:
+        state = initial_state.to(compute_dtype(q))
+    lengths, streams = cu_seqlens.diff(), touched(routing.ids)
+    order, outputs = [cu_seqlens[:0]], [state.new_zeros(0, *v.shape[1:])]
+    for t in range(int(lengths.max())):
+        active = (lengths > t).nonzero()[:, 0]
+        rows = cu_seqlens[active] + t
+        index = active[:, None], streams[rows]
+        new, o = step(state[index], rows)
+        state = state.index_put(index, new)
+        order.append(rows)
+        outputs.append(o)
+    o = torch.cat(outputs)[torch.cat(order).argsort()]
+    return o.to(v.dtype), state if output_final_state else None
