@@ -1,0 +1,196 @@
+"""The SSE token mixer: projections and activations around the recurrences of `sse_kernels`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from sse_kernels import (
+    Routing,
+    causal_conv,
+    causal_conv_step,
+    gated_rms_norm,
+    route,
+    sse_gdn,
+    sse_gdn_step,
+    sse_gla,
+    sse_gla_step,
+)
+from torch import Tensor, nn
+
+from sse_rl.model.cache import PackedInputs
+from sse_rl.model.configuration import SSEConfig
+
+_DECAY_RANK = 16
+_DECAY_TEMPERATURE = 16
+
+
+class SSEMixer(nn.Module):
+    """One shared and N sparse states a value head, of which each token reads and writes K.
+
+    Args:
+        index: which of the model's SSE layers this is: its place in the cache and in a replay.
+    """
+
+    def __init__(self, config: SSEConfig, index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        d, rank = config.hidden_size, config.value_dim
+        keys = config.num_heads * config.head_dim
+        values = config.num_v_heads * config.value_dim
+        self.q_proj = nn.Linear(d, keys, bias=False)
+        self.k_proj = nn.Linear(d, keys, bias=False)
+        self.v_proj = nn.Linear(d, values, bias=False)
+        self.e_proj = nn.Linear(d, config.num_sparse_partition, bias=False)
+        self.lora_q_proj = _low_rank(d, rank, keys)
+        self.lora_k_proj = _low_rank(d, rank, keys)
+        if config.linear_attn_type == "gla":
+            self.gk_proj = nn.Sequential(
+                _low_rank(d, _DECAY_RANK, keys, bias=True),
+                _low_rank(d, _DECAY_RANK, keys, bias=True),
+            )
+        else:
+            streams = 2 * config.num_v_heads
+            self.a_proj = nn.Linear(d, streams, bias=False)
+            self.b_proj = nn.Linear(d, streams, bias=False)
+            self.A_log = nn.Parameter(torch.empty(streams))
+            self.dt_bias = nn.Parameter(torch.empty(streams))
+        if config.use_short_conv:
+            self.q_conv1d_shared = _depthwise(keys, config.conv_size)
+            self.k_conv1d_shared = _depthwise(keys, config.conv_size)
+        if config.use_output_gate:
+            self.g_proj = _low_rank(d, rank, values)
+        self.o_norm = nn.RMSNorm(config.value_dim, eps=config.norm_eps)
+        self.o_proj = nn.Linear(values, d, bias=False)
+
+    def forward(
+        self, x: Tensor, seqs: PackedInputs, replay: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """x [T, d] -> output [T, d] and the routing; the cache, if any, is advanced in place.
+
+        `replay` [T, K] fixes the partitions; their weights still come from the live router.
+        """
+        routing = self._route(x, replay)
+        q1, k1 = self.q_proj(x), self.k_proj(x)
+        q2, k2 = q1 + self.lora_q_proj(x), k1 + self.lora_k_proj(x)
+        if self.config.use_short_conv:
+            q1 = self._convolve(q1, self.q_conv1d_shared.weight, seqs, 0)
+            k1 = self._convolve(k1, self.k_conv1d_shared.weight, seqs, 1)
+        v = F.silu(self.v_proj(x)).unflatten(-1, (-1, self.config.value_dim))
+        streams = [t.unflatten(-1, (-1, self.config.head_dim)) for t in (q1, k1, q2, k2)]
+        recur = self._gla if self.config.linear_attn_type == "gla" else self._gdn
+        o = recur(x, *streams, v, routing, seqs)
+        gate = None
+        if self.config.use_output_gate:
+            gate = self.g_proj(x).unflatten(-1, (-1, self.config.value_dim))
+        o = gated_rms_norm(o, self.o_norm.weight, gate, eps=self.config.norm_eps)
+        return self.o_proj(o.flatten(-2)), routing
+
+    def _route(self, x: Tensor, replay: Tensor | None) -> Routing:
+        # fp32 also under autocast: with bf16 logits one token in 500 ties.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.e_proj.weight.float())
+        return route(logits, self.config.num_writer, ids=replay)
+
+    def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
+        if seqs.cache is None:
+            return causal_conv(x, weight, cu_seqlens=seqs.cu_seqlens)[0]
+        window = seqs.cache.conv[self.index][stream]
+        if seqs.is_step:
+            return causal_conv_step(x, weight, state=window, slots=seqs.slots)
+        y, final = causal_conv(
+            x, weight, cu_seqlens=seqs.cu_seqlens, initial=window[seqs.slots], output_final=True
+        )
+        window[seqs.slots] = final.to(window.dtype)
+        return y
+
+    def _gla(
+        self,
+        x: Tensor,
+        q1: Tensor,
+        k1: Tensor,
+        q2: Tensor,
+        k2: Tensor,
+        v: Tensor,
+        routing: Routing,
+        seqs: PackedInputs,
+    ) -> Tensor:
+        shared, sparse = self.gk_proj
+        g1, g2 = (
+            F.logsigmoid(low_rank(x).float().view(q1.shape)) / _DECAY_TEMPERATURE
+            for low_rank in (shared, sparse)
+        )
+        k1, k2 = (self._classify(k).to(v.dtype) for k in (k1, k2))
+        inputs = (F.silu(q1), k1, F.silu(q2), k2, v, g1, g2, routing)
+        if seqs.is_step:
+            assert seqs.cache is not None
+            return sse_gla_step(*inputs, state=seqs.cache.state[self.index], slots=seqs.slots)
+        o, final = sse_gla(*inputs, cu_seqlens=seqs.cu_seqlens, **self._initial(seqs))
+        self._keep(final, seqs)
+        return o
+
+    def _gdn(
+        self,
+        x: Tensor,
+        q1: Tensor,
+        k1: Tensor,
+        q2: Tensor,
+        k2: Tensor,
+        v: Tensor,
+        routing: Routing,
+        seqs: PackedInputs,
+    ) -> Tensor:
+        beta = _sigmoid(self.b_proj(x).float())
+        if self.config.allow_neg_eigval:
+            beta = 2 * beta
+        g = -self.A_log.float().exp() * _softplus(self.a_proj(x).float() + self.dt_bias.float())
+        (g1, g2), (beta1, beta2) = g.chunk(2, -1), beta.chunk(2, -1)
+        inputs = (F.silu(q1), F.silu(k1), F.silu(q2), F.silu(k2), v, g1, beta1, g2, beta2, routing)
+        after = self.config.gate_after_norm
+        if seqs.is_step:
+            assert seqs.cache is not None
+            state = seqs.cache.state[self.index]
+            return sse_gdn_step(*inputs, state=state, slots=seqs.slots, gate_after_norm=after)
+        o, final = sse_gdn(
+            *inputs, cu_seqlens=seqs.cu_seqlens, gate_after_norm=after, **self._initial(seqs)
+        )
+        self._keep(final, seqs)
+        return o
+
+    def _classify(self, k: Tensor) -> Tensor:
+        """Softmax over the Dk state rows in fp32, of the `row_topk` best rows if that is set."""
+        k = k.float()
+        if self.config.row_topk is not None and self.config.row_topk < k.shape[-1]:
+            order = k.detach().sort(dim=-1, descending=True, stable=True).indices
+            k = k.scatter(-1, order[..., self.config.row_topk :], float("-inf"))
+        return k.softmax(-1)
+
+    def _initial(self, seqs: PackedInputs) -> dict[str, Tensor | bool]:
+        if seqs.cache is None:
+            return {}
+        state = seqs.cache.state[self.index][seqs.slots].float()
+        return {"initial_state": state, "output_final_state": True}
+
+    def _keep(self, final: Tensor | None, seqs: PackedInputs) -> None:
+        if seqs.cache is not None:
+            assert final is not None
+            state = seqs.cache.state[self.index]
+            state[seqs.slots] = final.to(state.dtype)
+
+
+def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, width, bias=bias))
+
+
+def _depthwise(channels: int, size: int) -> nn.Conv1d:
+    return nn.Conv1d(channels, channels, size, groups=channels, bias=False)
+
+
+# On CPU torch's sigmoid and softplus round the last elements of a tensor (a SIMD tail) differently,
+# so a row's bits would depend on its company; exp and log1p do not.
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0)
