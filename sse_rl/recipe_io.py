@@ -166,7 +166,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 def _expected(message: str) -> str:
     message = message.removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    return message.replace("expected a valid ", "expected a ")
+    return message.replace("a valid i", "an i").replace("a valid ", "a ")
 
 
 def _unknown(path: Sequence[int | str], siblings: Iterable[str]) -> str:

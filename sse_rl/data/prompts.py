@@ -1,0 +1,81 @@
+"""Problems rendered and tokenized: what the engine continues and the cold start imitates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from sse_rl.data.problems import Problem
+from sse_rl.errors import UserError
+from sse_rl.recipe import Data
+from sse_rl.types import Prompt
+
+
+def render(
+    problems: Iterable[Problem], tokenizer: PreTrainedTokenizerBase, data: Data
+) -> list[Prompt]:
+    """Each problem through `data.prompt_template` and the chat template, up to the model's turn.
+
+    Raises:
+        UserError: the prompt template names a column that a row does not have.
+    """
+    return [_render(problem, tokenizer, data) for problem in problems]
+
+
+def drop_long(prompts: Sequence[Prompt], max_prompt_length: int) -> list[Prompt]:
+    """The prompts of at most `max_prompt_length` tokens; the caller reports how many fell out.
+
+    Raises:
+        UserError: none is that short.
+    """
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_length]
+    if prompts and not kept:
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        raise UserError(
+            f"data.max_prompt_length = {max_prompt_length}: the shortest of {len(prompts)} prompts "
+            f"has {shortest} tokens"
+        )
+    return kept
+
+
+def refuse_long(prompts: Iterable[Prompt], max_prompt_length: int) -> None:
+    """Raise UserError if a prompt is too long: a test set must not shrink in silence."""
+    for prompt in prompts:
+        if len(prompt.token_ids) > max_prompt_length:
+            raise UserError(
+                f"problem {prompt.id}: its prompt has {len(prompt.token_ids)} tokens, "
+                f"data.max_prompt_length is {max_prompt_length}"
+            )
+
+
+def target(problem: Problem) -> str:
+    """What the cold start teaches as the answer: the worked solution, else the boxed answer."""
+    box = f"\\boxed{{{problem.answer}}}"
+    if problem.solution is None:
+        return box
+    return problem.solution if "\\boxed" in problem.solution else f"{problem.solution}\n{box}"
+
+
+def _render(problem: Problem, tokenizer: PreTrainedTokenizerBase, data: Data) -> Prompt:
+    try:
+        question = data.prompt_template.format(**problem.columns)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"data.prompt_template = {data.prompt_template!r}: problem {problem.id} has no column "
+            f"{error}; it has {', '.join(sorted(problem.columns))}"
+        ) from None
+    messages = [{"role": "user", "content": question}]
+    if data.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": data.system_prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(
+        id=problem.id,
+        token_ids=tuple(token_ids),
+        answer=problem.answer,
+        kind=problem.kind,
+        text=text,
+        columns=problem.columns,
+    )

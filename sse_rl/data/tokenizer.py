@@ -1,0 +1,81 @@
+"""Tokenizers: the byte-level one of this package, or any of transformers, with a chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sse_rl.errors import UserError
+from sse_rl.recipe import Data
+
+PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(data: Data) -> PreTrainedTokenizerBase:
+    """The tokenizer that `data` names, with its chat template, an end token and a pad token.
+
+    Raises:
+        UserError: it cannot be loaded, or has no chat template or no end token.
+    """
+    tokenizer = byte_tokenizer() if data.tokenizer == "bytes" else _pretrained(data.tokenizer)
+    if data.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"data.chat_template = {data.chat_template}: {reason}") from None
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"data.tokenizer = {data.tokenizer}: it has no chat template; "
+            "name a Jinja file in data.chat_template"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"data.tokenizer = {data.tokenizer}: it has no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """259 tokens: id b is the byte b, then end of turn (the end token), padding, start of turn.
+
+    Any text is representable and decodes to itself. A saved folder is a plain tokenizer.json.
+    """
+    vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in a vocabulary (GPT-2's map)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+def _pretrained(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.tokenizer = {name}: cannot be loaded: {reason}") from None
