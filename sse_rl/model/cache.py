@@ -71,7 +71,7 @@ class SlotCache:
     def fork(self, src: int, dst: list[int]) -> None:
         """Copy the state of slot `src` to each slot of `dst`, in place."""
         for tensor in self.slotted():
-            tensor[dst] = tensor[src]
+            tensor[dst] = tensor[[src]]
 
     def copy_page(self, src: int, dst: int) -> None:
         """Copy page `src` to page `dst` in every softmax layer, in place."""
