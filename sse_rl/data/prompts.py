@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -57,23 +57,42 @@ def target(problem: Problem) -> str:
     return problem.solution if "\\boxed" in problem.solution else f"{problem.solution}\n{box}"
 
 
-def _render(problem: Problem, tokenizer: PreTrainedTokenizerBase, data: Data) -> Prompt:
+def question(problem: Problem, data: Data) -> str:
+    """The user's turn. Raises UserError if the template names a column that the row lacks."""
     try:
-        question = data.prompt_template.format(**problem.columns)
+        return data.prompt_template.format(**problem.columns)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UserError(
             f"data.prompt_template = {data.prompt_template!r}: problem {problem.id} has no column "
             f"{error}; it has {', '.join(sorted(problem.columns))}"
         ) from None
-    messages = [{"role": "user", "content": question}]
-    if data.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": data.system_prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def chat(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None = None,
+) -> str:
+    """Messages through the chat template, up to the model's turn."""
+    turns = [dict(message) for message in messages]
+    if system_prompt is not None:
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
-    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of a rendered prompt, whose special tokens the chat template has written already."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _render(problem: Problem, tokenizer: PreTrainedTokenizerBase, data: Data) -> Prompt:
+    messages = [{"role": "user", "content": question(problem, data)}]
+    text = chat(messages, tokenizer, data.system_prompt)
     return Prompt(
         id=problem.id,
-        token_ids=tuple(token_ids),
+        token_ids=tokenize(text, tokenizer),
         answer=problem.answer,
         kind=problem.kind,
         text=text,

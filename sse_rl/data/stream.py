@@ -28,7 +28,7 @@ class PromptStream:
     def next(self, n: int) -> list[tuple[int, Prompt]]:
         """The next n prompts, each with its position in the stream: the group's id."""
         dealt = [
-            (position, self._at(position)) for position in range(self._position, self._position + n)
+            (position, self[position]) for position in range(self._position, self._position + n)
         ]
         self._position += n
         return dealt
@@ -49,7 +49,8 @@ class PromptStream:
                 )
         self._position = state["position"]
 
-    def _at(self, position: int) -> Prompt:
+    def __getitem__(self, position: int) -> Prompt:
+        """The prompt dealt at a position, past or future."""
         epoch, place = divmod(position, len(self._prompts))
         if epoch != self._epoch:
             self._epoch = epoch
