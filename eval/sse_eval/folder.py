@@ -68,7 +68,7 @@ class Folder:
         self._timings.append(timing, sync=False)
 
     def finish(self) -> None:
-        """Rewrite results.jsonl sorted by (id, sample): the same bytes whatever order rows came in."""
+        """Rewrite results.jsonl sorted by (id, sample): the same bytes in any order of arrival."""
         self.rows = sorted(self.rows, key=lambda row: (row["id"], row["sample"]))
         self._results.close()
         write_rows(self.path / "results.jsonl", self.rows)
@@ -115,6 +115,14 @@ class _Log:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of an evaluation's folder; EvaluationError if it is none."""
+    try:
+        return json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} is no evaluation's folder: {error}") from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -194,18 +202,19 @@ def _settle_config(path: Path, config: Mapping[str, Any]) -> None:
         return
     except ValueError as error:
         raise EvaluationError(f"{path} is no JSON: {error}") from error
-    if changes := list(_differences(there, wanted)):
+    if changes := list(differences(there, wanted)):
         raise EvaluationError(
-            f"{path.parent} holds results of another configuration:\n"
+            f"{path.parent} holds results of another configuration (there -> now):\n"
             + "\n".join(f"  {change}" for change in changes)
             + "\nGive the old values to go on with it, or another folder to start anew."
         )
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """What differs between two configurations, a line for each dotted key."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             inner = f"{key}.{name}" if key else name
-            yield from _differences(old.get(name), new.get(name), inner)
+            yield from differences(old.get(name), new.get(name), inner)
     elif old != new:
-        yield f"{key}: {json.dumps(old)} there, {json.dumps(new)} now"
+        yield f"{key}: {json.dumps(old)} -> {json.dumps(new)}"

@@ -33,11 +33,12 @@ def graded_row(
 
 def regraded_row(pool: RewardPool, row: Row) -> tuple[Row, float]:
     """A row with its verdict fields computed from its own text."""
-    completion, answer, kind = row["completion"], row["answer"], row["kind"]
-    texts = [completion] + [completion[:end] for end in row["cuts"].values() if end]
-    result, *cut = pool.score([(text, answer, kind) for text in texts])
-    lenient, *_ = pool.score([(completion, answer, kind)], lenient=True)
-    rewards = iter(cut)
+    answer, kind = row["answer"], row["kind"]
+    # A template that opens the thinking in the prompt leaves it to the answer to close it.
+    opened = "<think>" if row["prompt"].rstrip().endswith("<think>") else ""
+    text = opened + row["completion"]
+    result = pool.score(text, answer, kind)
+    lenient = pool.score(text, answer, kind, lenient=True)
     verdict = {
         "extracted": result.extracted,
         "reward": result.reward,
@@ -45,7 +46,8 @@ def regraded_row(pool: RewardPool, row: Row) -> tuple[Row, float]:
         "reason": result.reason,
         "lenient_reward": lenient.reward,
         "budget_rewards": {
-            budget: next(rewards).reward if end else 0.0 for budget, end in row["cuts"].items()
+            budget: pool.score(text[: len(opened) + end], answer, kind).reward if end else 0.0
+            for budget, end in row["cuts"].items()
         },
     }
     return row | verdict, result.ms

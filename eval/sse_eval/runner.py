@@ -23,6 +23,7 @@ from sse_eval.folder import (
     Folder,
     Row,
     open_folder,
+    read_config,
     read_rows,
     replace,
     write_rows,
@@ -120,7 +121,7 @@ def evaluate(
 def regrade(out_dir: Path | str, *, pool: RewardPool | None = None) -> Summary:
     """Grade the finished samples of a folder again, from their text, without a model."""
     path = Path(out_dir)
-    with open_folder(path, _config(path)) as folder, _grader(pool) as grader:
+    with open_folder(path, read_config(path)) as folder, _grader(pool) as grader:
         rows = [regraded_row(grader, row)[0] for row in folder.rows]
         write_rows(path / "results.jsonl", rows)
     return summarize(path)
@@ -135,7 +136,7 @@ def summarize(out_dir: Path | str) -> Summary:
     rows = read_rows(path / "results.jsonl")
     problems = [Problem(**row) for row in read_rows(path / "problems.jsonl")]
     perf = _perf(read_rows(path / "timings.jsonl"), rows)
-    summary = summary_of(rows, _config(path), problems=problems, perf=perf)
+    summary = summary_of(rows, read_config(path), problems=problems, perf=perf)
     replace(path / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n")
     write_report(path, summary, problems, rows)
     return summary
@@ -238,13 +239,6 @@ def _perf(timings: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
 
 def _grader(pool: RewardPool | None) -> AbstractContextManager[RewardPool]:
     return RewardPool() if pool is None else nullcontext(pool)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path} is no evaluation's folder: {error}") from error
 
 
 def _prompts_sha256(generator: Generator, requests: Sequence[SampleRequest]) -> str:
