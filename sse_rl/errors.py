@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave me is wrong", as opposed to "this program is wrong"."""
+"""The one exception that means "your input is wrong", as opposed to "this program is wrong"."""
 
 from __future__ import annotations
 

@@ -104,6 +104,19 @@ def check_context(recipe: Recipe, context: int, *, origin: str = "recipe") -> No
             )
 
 
+def check_files(recipe: Recipe, *, origin: str = "recipe") -> None:
+    """Raise UserError if a file that the recipe names is not there."""
+    data = recipe.data
+    files = {
+        "data.chat_template": data.chat_template,
+        "data.train.path": data.train.path,
+        "data.test.path": data.test.path if data.test else None,
+    }
+    for key, path in files.items():
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{origin}: {key} = {path}: no such file")
+
+
 # ---- overrides ---------------------------------------------------------------------------------
 
 

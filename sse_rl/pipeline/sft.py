@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -101,6 +101,7 @@ class _Trainer(SFTTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        self.remove_callback(PrinterCallback)
         self._aux: torch.Tensor | None = None
         self._hook = self.model.base_model.register_forward_hook(self._keep_aux)
 

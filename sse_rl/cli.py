@@ -1,0 +1,199 @@
+"""The `sse-rl` command: arguments in, one call, an exit code out.
+
+0 done, 1 a failed run or a missed threshold, 2 bad usage or input (one message, no traceback),
+143 ended by SIGTERM. Commands import what they need, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from sse_rl.errors import UserError
+
+app = typer.Typer(
+    name="sse-rl",
+    help="Reinforcement learning of reasoning for SSE-H language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, recipes/*.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")
+]
+Address = Annotated[
+    str, typer.Option(help="auto: a running Ray cluster, else local; local; or HOST:PORT.")
+]
+
+
+def main() -> NoReturn:
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except UserError as error:
+        print(f"sse-rl: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|STEP", help="Go on with an unfinished run, or from a checkpoint."
+        ),
+    ] = "auto",
+    address: Address = "auto",
+    dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
+) -> None:
+    """Train by a recipe: cold start, GRPO, evaluation, export."""
+    from sse_rl.recipe_io import load_recipe
+
+    if resume not in ("auto", "never") and not resume.isdigit():
+        raise UserError(f"--resume {resume}: expected auto, never or a step")
+    checked = load_recipe(recipe, overrides or [])
+    from sse_rl.pipeline import stages
+
+    summary = stages.run(
+        checked, runs_dir=runs_dir, resume=resume, address=address, dry_run=dry_run
+    )
+    _print_json(summary)
+    if summary.get("status") == "failed":
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, a run or a checkpoint.")],
+    benchmark: Annotated[
+        str, typer.Option(metavar="NAME,FILE.jsonl,...", help="Benchmarks by name or file.")
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 32768,
+    seed: int = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first problems only.")] = None,
+    address: Address = "auto",
+    out: Annotated[Path | None, typer.Option(help="Default: evals/<model>.")] = None,
+    fail_under: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit 1 if a score is below this.")
+    ] = None,
+) -> None:
+    """Evaluate a model, with a report; goes on where it stopped."""
+    from sse_rl.pipeline.evaluate import evaluate_model
+
+    summaries = evaluate_model(
+        model,
+        [name for name in benchmark.split(",") if name],
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        address=address,
+        out=out,
+        limit=limit,
+    )
+    scores = {name: summary["avg"] for name, summary in summaries.items()}
+    for name, score in scores.items():
+        shown = "no samples" if score is None else f"{100 * score:.1f} %"
+        print(f"{name}: avg@{summaries[name]['samples']} {shown}")
+    if fail_under is not None and any((score or 0.0) < fail_under for score in scores.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Upload it too.")] = None,
+) -> None:
+    """Write a folder that plain transformers loads."""
+    from sse_rl.export import export_model
+
+    export_model(source, out, push_to_hub=push_to_hub)
+    print(out)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write a run's HTML report: curves and sample rollouts."""
+    from sse_rl.report.html import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Look at this Ray cluster too.")] = None,
+) -> None:
+    """What this machine and cluster can do, and what is wrong with them."""
+    from sse_rl.doctor import examine
+
+    findings = examine(address)
+    for name, value in findings.facts.items():
+        print(f"{name:<14} {value}")
+    for problem in findings.problems:
+        print(f"PROBLEM        {problem}")
+    if findings.problems:
+        raise typer.Exit(1)
+    print("No problems found.")
+
+
+@recipe_app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe: keys, types, combinations, the files that it names."""
+    from sse_rl.recipe_io import check_files, load_recipe
+
+    check_files(load_recipe(recipe, overrides or []), origin=str(recipe))
+    print(f"{recipe}: ok")
+
+
+@recipe_app.command()
+def show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print a recipe with every default written out."""
+    from sse_rl.recipe_io import load_recipe, resolve
+
+    print(resolve(load_recipe(recipe, overrides or [])), end="")
+
+
+@recipe_app.command()
+def schema(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON Schema, for editors.")] = False,
+) -> None:
+    """Print every key with its type, default and meaning."""
+    from sse_rl.recipe import Recipe
+    from sse_rl.recipe_io import describe
+
+    if as_json:
+        _print_json(Recipe.model_json_schema())
+        return
+    for key, kind, default, meaning in describe():
+        print(f"{key}: {kind}" + ("" if default == "required" else f" = {default}"))
+        if meaning:
+            print(f"    {meaning}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
