@@ -113,3 +113,45 @@ class Group:
     """Position in the prompt stream: unique in a run, the same after a resume."""
     prompt: Prompt
     trajectories: list[Trajectory]
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch: whole trajectories end to end in one row of T tokens, without padding.
+
+    A trajectory of P prompt tokens and C sampled ones takes P + C - 1 places, as its last token is
+    never fed; the place of each token predicts the next, so C of its places carry a loss. Arrays
+    over the M places with a loss run in the order of the row.
+
+    Example: prompts (5, 6) and (7,) answered by (8, 9) and (4,)::
+
+        input_ids        5 6 8 7
+        cu_seqlens       0 3 4
+        positions        0 1 2 0
+        completion_mask  0 1 1 1
+        targets            8 9 4
+        sequence           0 0 1
+    """
+
+    input_ids: np.ndarray
+    """[T] int64."""
+    cu_seqlens: np.ndarray
+    """[B + 1] int64, where each trajectory begins, and T."""
+    positions: np.ndarray
+    """[T] int64, place of each token in its own trajectory."""
+    routing: np.ndarray
+    """[T, L_sse, K] uint8, the rollout's choices."""
+    completion_mask: np.ndarray
+    """[T] bool, True where the next token was sampled."""
+    targets: np.ndarray
+    """[M] int64, the sampled tokens."""
+    sequence: np.ndarray
+    """[M] int64, which of the B trajectories."""
+    logprobs: np.ndarray
+    """[M] float32, of the policy that sampled."""
+    lengths: np.ndarray
+    """[B] int64, sampled tokens of each trajectory; they sum to M."""
+    advantages: np.ndarray
+    """[B] float32."""
+    scales: np.ndarray
+    """[B] float32, what one token's loss counts for in the loss of the optimisation batch."""
