@@ -29,7 +29,7 @@ class Fed(NamedTuple):
 
 
 class Runner:
-    """A model in evaluation mode with the state of `slots` sequences and `pages` of keys, values."""
+    """A model in evaluation mode, the state of `slots` sequences and `pages` of keys and values."""
 
     def __init__(
         self,
