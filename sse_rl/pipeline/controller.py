@@ -1,0 +1,157 @@
+"""The loop: take a batch, learn from it, publish the weights, log; now and then save and evaluate."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from sse_rl.errors import UserError
+from sse_rl.pipeline.checkpoint import atomic_folder, prune, step_folder, verify
+from sse_rl.pipeline.rollouts import RolloutPool
+from sse_rl.pipeline.source import GroupSource, TakeStats
+from sse_rl.recipe import Recipe
+from sse_rl.report.console import RunConsole
+from sse_rl.report.sinks import Sinks
+from sse_rl.types import Group
+
+CURSOR_FILE = "cursor.pt"
+WAIT_S = 1.0
+
+
+class Interrupted(Exception):
+    """Someone asked the run to stop; what was learned so far is saved."""
+
+
+@dataclass(slots=True)
+class Controller:
+    recipe: Recipe
+    run_dir: Path
+    learner: Any
+    pool: RolloutPool
+    source: GroupSource
+    sinks: Sinks
+    console: RunConsole
+    evaluate: Callable[[int], dict[str, float]]
+    """Evaluates the weights of a step; its scores are logged with the batch that they sampled next."""
+    interrupted: Callable[[], None]
+    """Raises Interrupted once the run was asked to stop."""
+
+    def train(self, start: int) -> None:
+        """GRPO steps `start + 1 .. max_steps`; weights of `start` are published already."""
+        grpo, every = self.recipe.grpo, self.recipe.checkpoint.every
+        assert grpo is not None
+        for step in range(start + 1, grpo.max_steps + 1):
+            cursor = self.source.state_dict()
+            try:
+                scores = self.evaluate(step - 1) if self._is_evaluated(step - 1) else {}
+                began = time.monotonic()
+                groups, taken = self.source.take(version=step - 1)
+                generated = time.monotonic()
+                if grpo.shuffle_rewards:
+                    shuffle_rewards(groups, seed=self.recipe.seed, step=step)
+                metrics = self._learn(groups)
+                learned = time.monotonic()
+                publish(self.learner, self.pool, version=step, timeout_s=self._timeout_s)
+                published = time.monotonic()
+            except Interrupted:
+                self.save(step - 1, cursor)
+                raise
+            metrics |= batch_metrics(groups, taken) | scores
+            metrics |= {
+                "perf/rollout_s": generated - began,
+                "perf/learn_s": learned - generated,
+                "perf/publish_s": published - learned,
+                "perf/tokens_per_s": metrics["tokens"] / (published - began),
+                "perf/worker_restarts": self.pool.restarts,
+            }
+            self.sinks.log({"step": step, **metrics}, groups)
+            self.console.step(step, grpo.max_steps, metrics)
+            if step == grpo.max_steps or (every and step % every == 0):
+                self.save(step, self.source.state_dict())
+        self.evaluate(grpo.max_steps)
+
+    def save(self, step: int, cursor: dict[str, Any]) -> None:
+        """Write checkpoints/step-<step>, whole or not at all."""
+        target = step_folder(self.run_dir, step)
+        if target.exists():
+            return
+        with atomic_folder(target) as folder:
+            _wait(self.learner.save.remote(str(folder)), self._timeout_s, "the learner to save")
+            torch.save(cursor, folder / CURSOR_FILE)
+        prune(self.run_dir, keep=self.recipe.checkpoint.keep)
+
+    def load(self, step: int) -> None:
+        """Go on from checkpoints/step-<step>. Raises UserError if it is damaged."""
+        folder = step_folder(self.run_dir, step)
+        if not folder.exists():
+            raise UserError(f"{folder}: there is no such checkpoint to resume from")
+        verify(folder)
+        _wait(self.learner.load.remote(str(folder)), self._timeout_s, "the learner to load")
+        self.source.load_state_dict(torch.load(folder / CURSOR_FILE, weights_only=False))
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.recipe.eval.every
+        return step == 0 or bool(every and step % every == 0)
+
+    @property
+    def _timeout_s(self) -> float:
+        return self.recipe.cluster.learner_timeout_s
+
+    def _learn(self, groups: list[Group]) -> dict[str, Any]:
+        call = self.learner.step.remote(groups)
+        deadline = time.monotonic() + self._timeout_s
+        while not ray.wait([call], timeout=WAIT_S)[0]:
+            self.source.pump()
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"the controller waited {self._timeout_s:g} s for a learner step"
+                )
+        return ray.get(call)
+
+
+def publish(learner: Any, pool: RolloutPool, *, version: int, timeout_s: float) -> None:
+    """Hand the learner's weights to every rollout worker under a version number."""
+    index_ref, buffer_ref = learner.weights.options(num_returns=2).remote(version)
+    pool.set_weights(_wait(index_ref, timeout_s, "the learner's weights"), buffer_ref)
+
+
+def shuffle_rewards(groups: list[Group], *, seed: int, step: int) -> None:
+    """Permute all rewards of the batch in place, so that they say nothing about the answers."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    order = torch.randperm(len(trajectories), generator=generator).tolist()
+    rewards = [trajectory.reward for trajectory in trajectories]
+    for trajectory, source in zip(trajectories, order, strict=True):
+        trajectory.reward = rewards[source]
+
+
+def batch_metrics(groups: list[Group], taken: TakeStats) -> dict[str, float]:
+    """What rewards and refilling say of a batch: each component's mean, each status' share."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    metrics: dict[str, float] = {}
+    for name in trajectories[0].rewards:
+        known = [v for t in trajectories if (v := t.rewards[name]) is not None]
+        metrics[f"rewards/{name}"] = sum(known) / len(known) if known else float("nan")
+    statuses = Counter(status for t in trajectories for status in t.statuses.values())
+    metrics |= {f"status/{name}": n / len(trajectories) for name, n in sorted(statuses.items())}
+    metrics |= {
+        "sampling/prompts": taken.prompts,
+        "sampling/dropped_stale": taken.dropped_stale,
+        "sampling/dropped_no_signal": taken.dropped_no_signal,
+        "sampling/kept_no_signal": taken.kept_no_signal,
+    }
+    return metrics
+
+
+def _wait(reference: Any, timeout_s: float, what: str) -> Any:
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError(f"the controller waited {timeout_s:g} s for {what}") from None

@@ -1,0 +1,224 @@
+"""Evaluations on Ray: sse_eval's protocol over the rollout workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from sse_eval import (
+    Benchmark,
+    EvaluationError,
+    Problem,
+    SampleOutput,
+    SampleRequest,
+    Summary,
+    evaluate,
+)
+from sse_eval.types import Message
+
+from sse_rl.data.problems import Problem as DataProblem
+from sse_rl.data.prompts import chat, question, tokenize
+from sse_rl.errors import UserError
+from sse_rl.pipeline import cluster
+from sse_rl.pipeline.checkpoint import saved_steps, step_folder
+from sse_rl.pipeline.rollouts import RolloutPool
+from sse_rl.pipeline.weights import pack
+from sse_rl.recipe import Data, Rollout
+from sse_rl.rollout.worker import EngineSpec, RolloutWorker
+from sse_rl.types import Completion, Request, SamplingParams
+
+CHANNEL = "eval"
+POLL_S = 1.0
+
+
+@dataclass(slots=True)
+class PoolGenerator:
+    """sse_eval's Generator over a pool of rollout workers: sample-level, in any order."""
+
+    pool: RolloutPool
+    tokenizer: Any
+    max_context: int | None
+    system_prompt: str | None = None
+    interrupted: Callable[[], None] = lambda: None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return chat(messages, self.tokenizer, self.system_prompt)
+
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[SampleOutput]:
+        """Raises UserError before the first sample if a prompt and its answer exceed the context."""
+        asked = {}
+        for number, request in enumerate(requests):
+            prompt = self.render(request.messages)
+            token_ids = tokenize(prompt, self.tokenizer)
+            if self.max_context and len(token_ids) + request.max_tokens > self.max_context:
+                raise UserError(
+                    f"problem {request.id}: its prompt of {len(token_ids)} tokens and max_tokens "
+                    f"{request.max_tokens} exceed the model's context of {self.max_context}: lower "
+                    "--max-tokens"
+                )
+            name = f"{CHANNEL}/{number}"
+            asked[name] = (request, prompt)
+            params = SamplingParams(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+            )
+            self.pool.submit(Request(name, token_ids, params))
+        try:
+            while asked:
+                self.interrupted()
+                for (completion,) in self.pool.poll(CHANNEL, POLL_S):
+                    yield self._output(completion, *asked.pop(completion.request_id))
+        finally:
+            self.pool.cancel(CHANNEL)
+
+    def _output(self, completion: Completion, request: SampleRequest, prompt: str) -> SampleOutput:
+        ids = completion.token_ids.tolist()
+        decode = lambda part: self.tokenizer.decode(part, skip_special_tokens=True)
+        return SampleOutput(
+            id=request.id,
+            sample=request.sample,
+            completion=decode(ids),
+            tokens=len(ids),
+            finish_reason=completion.finish_reason,
+            prompt=prompt,
+            cuts={b: len(decode(ids[:b])) for b in request.budgets if b < len(ids)},
+        )
+
+
+def evaluate_model(
+    model: str,
+    benchmarks: Sequence[str],
+    *,
+    samples: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    seed: int,
+    address: str,
+    out: Path | None = None,
+    limit: int | None = None,
+    rollout: Rollout | None = None,
+    progress: Callable[[int, int, dict[str, Any]], None] | None = None,
+) -> dict[str, Summary]:
+    """Evaluate a checkpoint, an export or a run on benchmarks; each writes `out`/<benchmark>/.
+
+    Resumes where it stopped. Raises UserError for a model or benchmark that cannot be read.
+    """
+    from sse_eval.benchmarks import load_benchmark
+    from transformers import AutoTokenizer
+
+    from sse_rl.model import SSEForCausalLM
+
+    folder = model_folder(model)
+    loaded = [as_user_error(load_benchmark, name, limit=limit) for name in benchmarks]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = SSEForCausalLM.from_pretrained(folder)
+    index, buffer = pack(policy.state_dict(), version=0)
+    context = policy.config.max_position_embeddings
+    cluster.connect(address)
+    rollout = rollout or default_rollout()
+    pool = make_pool(
+        EngineSpec(
+            config=policy.config.to_dict(),
+            dtype=str(policy.dtype).removeprefix("torch."),
+            eos_token_ids=eos_token_ids(tokenizer),
+            max_model_len=context,
+            rollout=rollout,
+        )
+    )
+    out = out or Path("evals") / Path(model).resolve().name
+    identity = {"path": Path(model).name, "weights_crc32": f"{index.checksum:08x}"}
+    try:
+        pool.set_weights(index, ray.put(buffer))
+        generator = PoolGenerator(pool, tokenizer, context)
+        return {
+            bench.name: as_user_error(
+                evaluate,
+                bench,
+                generator,
+                out / bench.name,
+                samples=samples,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_tokens,
+                seed=seed,
+                model=identity,
+                gpus=round(rollout.num_workers * rollout.num_gpus_per_worker),
+                progress=progress,
+            )
+            for bench in loaded
+        }
+    finally:
+        pool.close()
+
+
+def held_out(problems: Sequence[DataProblem], data: Data) -> Benchmark:
+    """The recipe's held-out problems as a benchmark whose prompt is `{problem}`: the template is
+    applied already."""
+    rows = tuple(
+        Problem(id=p.id, problem=question(p, data), answer=p.answer, kind=p.kind) for p in problems
+    )
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+    return Benchmark(name="heldout", problems=rows, source="data", revision="", sha256=digest)
+
+
+def make_pool(spec: EngineSpec) -> RolloutPool:
+    """Rollout workers as the recipe's rollout section says."""
+    rollout = spec.rollout
+    actor = ray.remote(RolloutWorker).options(
+        num_cpus=rollout.num_cpus_per_worker, num_gpus=rollout.num_gpus_per_worker
+    )
+    return RolloutPool(
+        lambda: actor.remote(spec),
+        num_workers=rollout.num_workers,
+        capacity=rollout.max_num_seqs,
+        timeout_s=rollout.timeout_s,
+        max_restarts=rollout.max_restarts,
+    )
+
+
+def default_rollout() -> Rollout:
+    """One worker a GPU, or one for all CPUs of a machine without."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus:
+        return Rollout(num_workers=gpus, num_gpus_per_worker=1.0)
+    threads = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return Rollout(num_threads=threads)
+
+
+def model_folder(path: str) -> Path:
+    """The folder with config.json: `path` itself, a run's export or newest checkpoint, or a
+    checkpoint's model. Raises UserError naming `path` if there is none."""
+    root = Path(path)
+    steps = saved_steps(root)
+    candidates = [root, root / "model", root / "export"]
+    candidates += [step_folder(root, steps[-1]) / "model"] if steps else []
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+            if model_type != "sse":
+                raise UserError(f"{folder}: model_type {model_type!r} is not an SSE-H model")
+            return folder
+    raise UserError(f"{path}: no model there (looked for config.json in it, model/ and export/)")
+
+
+def eos_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer. Raises UserError if the tokenizer has no end token."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("data.tokenizer: it has no eos_token, so no answer could ever end")
+    return (int(tokenizer.eos_token_id),)
+
+
+def as_user_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call, and turn the ways in which sse_eval refuses bad input into UserError."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, EvaluationError) as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,178 @@
+"""From answers to rewards: the recipe's components, weighted, computed in an actor of their own.
+
+The actor holds the killable grader processes of `sse_rewards`. If it dies itself, it is started again
+and asked again: scoring has no state.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from sse_rl.errors import UserError
+from sse_rl.recipe import Reward, Rewards
+from sse_rl.types import Group
+
+log = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Sequence[float | None]]
+"""TRL's signature: fn(prompts, completions, completion_ids, **columns) -> one value a completion."""
+
+MAX_RESTARTS = 3
+
+
+@dataclass(slots=True)
+class Sample:
+    """One answer to be scored."""
+
+    prompt: str
+    completion: str
+    token_ids: list[int]
+    answer: str
+    kind: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Score:
+    reward: float | None
+    """The weighted sum; None where the accuracy check abstains, which masks the sample."""
+    rewards: dict[str, float | None]
+    statuses: dict[str, str]
+
+
+class RewardWorker:
+    """The Ray actor that scores batches of samples."""
+
+    def __init__(self, rewards: Rewards) -> None:
+        from sse_rewards import RewardPool
+
+        self._rewards = rewards
+        self._pool = RewardPool(workers=rewards.num_workers, time_limit=rewards.time_limit_s)
+        self._functions = {
+            reward.name: reward_function(reward)
+            for reward in rewards.components
+            if reward.name not in ("accuracy", "boxed")
+        }
+
+    def score(self, samples: list[Sample]) -> list[Score]:
+        graded = self._pool.score_batch(
+            [(sample.completion, sample.answer, sample.kind) for sample in samples],
+            deadline=self._rewards.batch_timeout_s,
+        )
+        columns: dict[str, list[float | None]] = {}
+        for component in self._rewards.components:
+            if component.name == "accuracy":
+                columns["accuracy"] = [result.reward for result in graded]
+            elif component.name == "boxed":
+                columns["boxed"] = [float(result.extracted is not None) for result in graded]
+            else:
+                columns[component.name] = call(self._functions[component.name], samples)
+        scores = []
+        for row, result in enumerate(graded):
+            values = {name: column[row] for name, column in columns.items()}
+            scores.append(
+                Score(
+                    combine(values, self._rewards.components), values, {"accuracy": result.status}
+                )
+            )
+        return scores
+
+
+class Scorer:
+    """Asks the reward actor, and starts a new one when it dies or stays silent."""
+
+    def __init__(self, spawn: Callable[[], Any], *, timeout_s: float) -> None:
+        self._spawn = spawn
+        self._timeout_s = timeout_s
+        self._actor = spawn()
+
+    def score(self, groups: list[Group]) -> None:
+        """Write reward, rewards and statuses into every trajectory of `groups`."""
+        trajectories = [(g.prompt, t) for g in groups for t in g.trajectories]
+        samples = [
+            Sample(p.text, t.text, t.token_ids.tolist(), p.answer, p.kind, p.columns)
+            for p, t in trajectories
+        ]
+        for (_, trajectory), score in zip(trajectories, self._ask(samples), strict=True):
+            trajectory.reward = score.reward
+            trajectory.rewards = score.rewards
+            trajectory.statuses = score.statuses
+
+    def close(self) -> None:
+        ray.kill(self._actor)
+
+    def _ask(self, samples: list[Sample]) -> list[Score]:
+        for attempt in range(MAX_RESTARTS + 1):
+            try:
+                return ray.get(self._actor.score.remote(samples), timeout=self._timeout_s)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                log.warning("the reward actor died or is silent (%s): starting another", error)
+                ray.kill(self._actor)
+                if attempt < MAX_RESTARTS:
+                    self._actor = self._spawn()
+        raise RuntimeError(
+            f"the reward actor failed {MAX_RESTARTS + 1} times on a batch of {len(samples)} samples "
+            f"(limit {self._timeout_s:g} s each)"
+        )
+
+
+def combine(values: dict[str, float | None], components: list[Reward]) -> float | None:
+    """The weighted sum of what is not None; None if the accuracy check, or everything, abstains."""
+    present = [(c.weight, v) for c in components if (v := values[c.name]) is not None]
+    if not present or ("accuracy" in values and values["accuracy"] is None):
+        return None
+    return float(sum(weight * value for weight, value in present))
+
+
+def reward_function(reward: Reward) -> RewardFunction:
+    """TRL's overlong, repetition and think-format rewards by name, or `package.module:function`.
+
+    Raises UserError naming the component if there is no such function.
+    """
+    if ":" in reward.name:
+        module, _, name = reward.name.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"rewards.components: {reward.name!r} cannot be imported: {error}"
+            ) from None
+        return lambda **columns: function(**columns, **reward.args)
+    from trl import rewards
+
+    named: dict[str, Callable[[], RewardFunction]] = {
+        "think_format": lambda: rewards.think_format_reward,
+        "soft_overlong": lambda: rewards.get_soft_overlong_punishment(**reward.args),
+        "repetition": lambda: rewards.get_repetition_penalty_reward(**reward.args),
+    }
+    if reward.name not in named:
+        known = ", ".join(["accuracy", "boxed", *named])
+        raise UserError(
+            f"rewards.components: unknown reward {reward.name!r}; known are {known}, or "
+            "package.module:function"
+        )
+    try:
+        return named[reward.name]()
+    except TypeError as error:
+        raise UserError(f"rewards.components: {reward.name}.args {reward.args}: {error}") from None
+
+
+def call(function: RewardFunction, samples: list[Sample]) -> list[float | None]:
+    """One reward function over all samples, with the dataset's columns that every row has."""
+    shared = set.intersection(*(set(sample.columns) for sample in samples)) if samples else set()
+    reserved = {"prompts", "completions", "completion_ids", "solution"}
+    columns = {name: [s.columns[name] for s in samples] for name in sorted(shared - reserved)}
+    values = function(
+        prompts=[sample.prompt for sample in samples],
+        completions=[[{"role": "assistant", "content": sample.completion}] for sample in samples],
+        completion_ids=[sample.token_ids for sample in samples],
+        solution=[sample.answer for sample in samples],
+        **columns,
+    )
+    return [None if value is None else float(value) for value in values]

@@ -1,0 +1,194 @@
+"""A set of rollout workers that is fed requests and gives back completions, whatever dies on the way.
+
+What a request yields depends on its seed and the weights alone, so a worker that is lost is replaced
+and its unfinished requests are simply asked again, of anyone, with the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from sse_rl.pipeline.weights import WeightsIndex
+from sse_rl.types import Completion, Request
+
+log = logging.getLogger(__name__)
+
+ADVANCE_BUDGET_S = 5.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    actor: Any
+    outbox: list[Request] = field(default_factory=list)
+    """Assigned but not sent yet."""
+    outstanding: dict[str, Request] = field(default_factory=dict)
+    """Assigned and not finished, the outbox included."""
+    call: Any = None
+    """The `advance` in flight, and since when."""
+    called_at: float = 0.0
+
+    @property
+    def load(self) -> int:
+        return sum(request.params.n for request in self.outstanding.values())
+
+
+class RolloutPool:
+    """Spreads requests over workers, keeps all of them busy, replaces the dead.
+
+    spawn: makes one worker actor. capacity: sequences a worker decodes together. A worker that
+    answers nothing for `timeout_s` counts as dead; after `max_restarts` deaths the run fails.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[], Any],
+        *,
+        num_workers: int,
+        capacity: int,
+        timeout_s: float,
+        max_restarts: int,
+    ) -> None:
+        self._spawn = spawn
+        self._capacity = capacity
+        self._timeout_s = timeout_s
+        self._max_restarts = max_restarts
+        self._workers = [_Worker(spawn()) for _ in range(num_workers)]
+        self._queue: deque[Request] = deque()
+        self._finished: dict[str, list[list[Completion]]] = {}
+        self._partial: dict[str, dict[int, Completion]] = {}
+        self._weights: tuple[WeightsIndex, Any] | None = None
+        self.restarts = 0
+
+    def in_flight(self, channel: str) -> int:
+        """Requests submitted on a channel and not yet given back."""
+        waiting = [
+            *self._queue,
+            *(r for worker in self._workers for r in worker.outstanding.values()),
+        ]
+        unfinished = sum(_channel(request.request_id) == channel for request in waiting)
+        return unfinished + len(self._finished.get(channel, []))
+
+    def set_weights(self, index: WeightsIndex, buffer: Any) -> None:
+        """Load a version (`buffer` is an object reference) into every worker before their next step."""
+        self._weights = (index, buffer)
+        calls = [
+            (worker, worker.actor.set_weights.remote(index, buffer)) for worker in self._workers
+        ]
+        for worker, call in calls:
+            try:
+                ray.get(call, timeout=self._timeout_s)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                self._replace(worker, error)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; what stands before the first `/` of its id names its channel."""
+        self._queue.append(request)
+
+    def cancel(self, channel: str) -> None:
+        """Forget a channel's requests, wherever they are."""
+        self._queue = deque(r for r in self._queue if _channel(r.request_id) != channel)
+        self._finished.pop(channel, None)
+        for worker in self._workers:
+            names = [name for name in worker.outstanding if _channel(name) == channel]
+            for name in names:
+                del worker.outstanding[name]
+                self._partial.pop(name, None)
+            worker.outbox = [r for r in worker.outbox if r.request_id in worker.outstanding]
+            if names:
+                worker.actor.abort.remote(names)
+
+    def poll(self, channel: str, timeout_s: float) -> list[list[Completion]]:
+        """A channel's requests that finished, each with its n completions in order.
+
+        Waits `timeout_s` at most; what other channels finish meanwhile is kept for them.
+        """
+        if not self._finished.get(channel):
+            for completions in self._advance(timeout_s):
+                name = _channel(completions[0].request_id)
+                self._finished.setdefault(name, []).append(completions)
+        return self._finished.pop(channel, [])
+
+    def _advance(self, timeout_s: float) -> list[list[Completion]]:
+        self._dispatch()
+        calls = {worker.call: worker for worker in self._workers if worker.call is not None}
+        if not calls:
+            return []
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        if ready:  # whatever else finished meanwhile
+            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        finished: list[list[Completion]] = []
+        for call in ready:
+            worker = calls[call]
+            worker.call = None
+            try:
+                completions = ray.get(call)
+            except ray.exceptions.RayActorError as error:
+                self._replace(worker, error)
+            else:
+                finished += self._collect(worker, completions)
+        for worker in self._workers:
+            if worker.call is not None and time.monotonic() - worker.called_at > self._timeout_s:
+                self._replace(worker, TimeoutError(f"no answer for {self._timeout_s:g} s"))
+        self._dispatch()
+        return finished
+
+    def close(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        self._workers.clear()
+
+    def _dispatch(self) -> None:
+        while self._queue:
+            worker = min(self._workers, key=lambda worker: worker.load)
+            if worker.load and worker.load + self._queue[0].params.n > self._capacity:
+                break
+            request = self._queue.popleft()
+            worker.outbox.append(request)
+            worker.outstanding[request.request_id] = request
+        for worker in self._workers:
+            if worker.call is None and worker.outstanding:
+                worker.call = worker.actor.advance.remote(worker.outbox, ADVANCE_BUDGET_S)
+                worker.called_at = time.monotonic()
+                worker.outbox = []
+
+    def _collect(self, worker: _Worker, completions: list[Completion]) -> list[list[Completion]]:
+        finished = []
+        for completion in completions:
+            name = completion.request_id
+            if name not in worker.outstanding:  # cancelled meanwhile
+                continue
+            samples = self._partial.setdefault(name, {})
+            samples[completion.index] = completion
+            if len(samples) == worker.outstanding[name].params.n:
+                del worker.outstanding[name]
+                done = self._partial.pop(name)
+                finished.append([done[index] for index in sorted(done)])
+        return finished
+
+    def _replace(self, worker: _Worker, reason: Exception) -> None:
+        self.restarts += 1
+        if self.restarts > self._max_restarts:
+            raise RuntimeError(
+                f"rollout workers died {self.restarts} times, more than rollout.max_restarts = "
+                f"{self._max_restarts}; the last one: {reason}"
+            )
+        log.warning("a rollout worker died and is replaced (%s)", reason)
+        ray.kill(worker.actor)
+        for name in worker.outstanding:
+            self._partial.pop(name, None)
+        self._queue.extendleft(reversed(worker.outstanding.values()))
+        worker.actor, worker.call = self._spawn(), None
+        worker.outbox, worker.outstanding = [], {}
+        if self._weights is not None:
+            ray.get(worker.actor.set_weights.remote(*self._weights), timeout=self._timeout_s)
+
+
+def _channel(request_id: str) -> str:
+    return request_id.partition("/")[0]
