@@ -1,0 +1,102 @@
+r"""The integer path: AIME, AMC and anything whose answer is a short whole number. No sympy.
+
+`\text{204}`, `m+n = 204.`, `\$204`, `204^\circ` and `204 \pmod{1000}` are 204; `204_8`, `204!`,
+`204\%`, `2_04`, `> 204`, `\pm 204`, `204 or 205` and `\{204\}` are not.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from .surface import plain_latex
+
+_INTEGER = re.compile(r"([+-]?)\s*(\d{1,12})(\.0+)?")
+_GROUPED = re.compile(r"([+-]?\s*[1-9]\d{0,2})((?:([, ])\d{3})(?:\3\d{3})*)(?![\d,])")
+_REFUSED = re.compile(
+    r"\\(?:n?leq?q?|n?geq?q?|leqslant|geqslant|lt|gt|neq?|not|approx|approxeq|sim|simeq|cong|equiv|"
+    r"pm|mp|in|notin|ni|lor|vee|cup|to|rightarrow|Rightarrow|iff|mid|dots|ldots|cdots|"
+    r"propto|subset|subseteq|neg|lnot)(?![A-Za-z])"
+    r"|[<>≤≥≠≈±∓≡∈∨∼;]|!=|,|(?<![A-Za-z])(?:or|and|not|nor|either|maybe|between)(?![A-Za-z])"
+)
+_MODULUS = re.compile(
+    r"\s*(?:\\pmod\s*\{?\s*1000\s*\}?|\(?\s*(?:\\b?mod|\\text\{\s*\(?mod\s*\}|mod)\s*\{?\s*1000\s*\}?"
+    r"\s*\)?|\\text\{\s*\(mod 1000\)\s*\})$"
+)
+_CONGRUENT = re.compile(r"^[^=<>]*(?:\\equiv|≡)\s*")
+_BASE_TEN = re.compile(r"_\s*(?:\{\s*(?:10|\\text\{\s*ten\s*\})\s*\}|\\text\{\s*ten\s*\})$")
+_DEGREES = re.compile(
+    r"\s*(?:\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ)|\\degree|°|\{\}\^\\circ)\.?$"
+)
+_TEXT_UNIT = re.compile(r"\s*\\text\{([^{}]*)\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?\.?$")
+_BARE_UNIT = re.compile(
+    r"(?:\s+[mgs]|\s*(?:cm|mm|km|in|ft|yd|kg|lb|lbs|sec|min|hr|hrs|mph|units?|inch(?:es)?|feet|foot|"
+    r"yards?|miles?|met(?:er|re)s?|centimet(?:er|re)s?|kilomet(?:er|re)s?|seconds?|minutes?|"
+    r"hours?|days?|weeks?|months?|years?|degrees?|dollars?|cents?|points?|ways|people|"
+    r"(?:sq(?:uare|\.)?|cubic) ?[a-z]+))\s*(?:\^\s*\{?\s*[23]\s*\}?|²|³)?\.?$"
+)
+_LEADING_TEXT = re.compile(
+    r"^\\text\{\s*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?(?:answer|result|total|sum|"
+    r"value)?\s*(?:is|equals|=|:)?\s*\}\s*:?",
+    re.IGNORECASE,
+)
+_NOT_A_UNIT = re.compile(
+    r"(?<![a-z])(?:or|and|not|nor|but|if|maybe|about|approx\w*|roughly|possibly|probably|around|"
+    r"at|least|most|more|less|than|other|any|mod\w*|base|percent\w*|pct|hundreds?|thousands?|"
+    r"millions?|billions?|dozens?|half|halves|thirds?|quarters?|factorial|squared|cubed|times|plus|"
+    r"minus|over|double|twice|to|through|between|wrong|incorrect|false|pi|i)(?![a-z])"
+    r"|[^a-z .,'()/-]"
+)
+
+
+def read_integer(box: str) -> Decimal | None:
+    """The whole number that `box` states and nothing else, or None."""
+    text = plain_latex(box).rstrip(" .,;")
+    if (found := _INTEGER.fullmatch(text)) is None:
+        if (text := _right_side(_LEADING_TEXT.sub("", text))) is None:
+            return None
+        text = _unwrapped(_without_unit(_unwrapped(text)))
+        if grouped := _GROUPED.fullmatch(text):
+            text = re.sub(r"[ ,]", "", grouped.group())
+        found = _INTEGER.fullmatch(text)
+    return None if found is None else Decimal(found.group(1) + found.group(2))
+
+
+def _right_side(text: str) -> str | None:
+    """What follows the last `=`; None if anything but equalities and a modulus of 1000 is said."""
+    text, moduli = _MODULUS.subn("", text)
+    if moduli:
+        text = _CONGRUENT.sub("", text, count=1)
+    left, equals, right = text.rpartition("=")
+    if equals and (
+        _REFUSED.search(left) or left.rstrip().endswith(("\\not", "<", ">")) or left.endswith("!")
+    ):
+        return None
+    return right.strip()
+
+
+def _without_unit(text: str) -> str:
+    previous = None
+    while text != previous:
+        previous = text
+        text = _BASE_TEN.sub("", _DEGREES.sub("", text.rstrip(" .")))
+        unit = _TEXT_UNIT.search(text)
+        if unit and not _NOT_A_UNIT.search(unit.group(1).lower()):
+            text = text[: unit.start()].rstrip()
+        elif not unit and text[:1] in "+-0123456789$({":
+            text = _BARE_UNIT.sub("", text)
+        text = text.removeprefix("$").lstrip()
+    return text
+
+
+def _unwrapped(text: str) -> str:
+    r"""Without redundant brackets around the whole: `{204}`, `(204)`, `\text{204}`, `**204**`."""
+    while True:
+        if text.startswith("\\text{") and text.endswith("}") and "{" not in text[6:]:
+            text = text[6:-1].strip()
+        elif text[:1] + text[-1:] in ("{}", "()") and not re.search(r"[{}()]", text[1:-1]):
+            text = text[1:-1].strip()
+        elif len(text) > 4 and text.startswith("**") and text.endswith("**"):
+            text = text[2:-2].strip()
+        else:
+            return text
