@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -64,8 +63,9 @@ def unpack(index: WeightsIndex, buffer: np.ndarray) -> dict[str, torch.Tensor]:
         )
     tensors = {}
     for entry in index.entries:
-        dtype = getattr(torch, entry.dtype)
-        nbytes = prod(entry.shape) * dtype.itemsize
-        piece = np.array(buffer[entry.offset : entry.offset + nbytes])
-        tensors[entry.name] = torch.from_numpy(piece).view(dtype).reshape(entry.shape)
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        if tensor.numel():
+            target = tensor.view(-1).view(torch.uint8).numpy()
+            target[:] = buffer[entry.offset : entry.offset + len(target)]
+        tensors[entry.name] = tensor
     return tensors
