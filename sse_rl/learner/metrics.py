@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sse_rl.learner.advantages import deviation
+from sse_rl.learner.samples import group_rewards
 from sse_rl.types import Group
 
 
@@ -39,8 +40,9 @@ class Tally:
         return dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
 
 
-def trajectory_metrics(groups: list[Group], rewards: list[np.ndarray]) -> dict[str, float]:
-    """Rewards and lengths of a batch; `rewards` holds an array a group, NaN where there is none."""
+def trajectory_metrics(groups: list[Group]) -> dict[str, float]:
+    """Rewards and lengths of a batch; NaN for a statistic of rewards that too few have."""
+    rewards = [group_rewards(group) for group in groups]
     values = np.concatenate(rewards)
     known = values[~np.isnan(values)]
     spreads = np.array([deviation(group) for group in rewards])

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from sse_rl.types import PackedBatch, Trajectory
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A trajectory with its place in the loss."""
-
-    prompt_token_ids: tuple[int, ...]
-    trajectory: Trajectory
-    advantage: float
-    scale: float
-    """See `token_scales`."""
-
-    @property
-    def size(self) -> int:
-        """Places in a row: the last sampled token is never fed."""
-        return len(self.prompt_token_ids) + len(self.trajectory.token_ids) - 1
+from sse_rl.learner.samples import Sample
+from sse_rl.types import PackedBatch
 
 
 def pack(samples: list[Sample], *, max_tokens: int) -> list[PackedBatch]:

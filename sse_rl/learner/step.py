@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sse_rl.learner.advantages import group_advantages
 from sse_rl.learner.correction import correction_weights
 from sse_rl.learner.logprobs import token_logprobs
-from sse_rl.learner.losses import Tokens, policy_loss, token_scales
+from sse_rl.learner.losses import Tokens, policy_loss
 from sse_rl.learner.metrics import Tally, trajectory_metrics
 from sse_rl.learner.optimizer import Optimizer, Update
-from sse_rl.learner.packing import Sample, pack
+from sse_rl.learner.packing import pack
 from sse_rl.learner.routing import balance_loss, flips, partition_shares
+from sse_rl.learner.samples import weigh
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.modeling import PackedOutput, SSEForCausalLM
 from sse_rl.recipe import Grpo
@@ -62,14 +62,11 @@ class Learner:
         Raises ValueError for an empty or malformed group, FloatingPointError after five updates in
         a row whose loss or gradient was not finite.
         """
-        rewards = [_rewards(group) for group in groups]
-        if not rewards:
-            raise ValueError("a batch without groups")
-        samples = _samples(groups, rewards, self.grpo)
+        samples = weigh(groups, self.grpo)
         batches = pack(samples, max_tokens=self.grpo.max_tokens_per_micro_batch)
         return {
             "learning_rate": self.optimizer.learning_rate,
-            **trajectory_metrics(groups, rewards),
+            **trajectory_metrics(groups),
             **self._optimise(batches),
             "tokens": float(sum(len(b.input_ids) for b in batches)),
             "num_micro_batches": float(len(batches)),
@@ -231,32 +228,3 @@ class _Row:
         """[M] log-probs of the learner before the first update, and the correction's weights."""
         self.weights: Tensor | None = None
         self.reference: Tensor | None = None
-
-
-def _rewards(group: Group) -> np.ndarray:
-    """[G] float64, NaN for a trajectory without a reward."""
-    values = [t.reward for t in group.trajectories]
-    if any(v is not None and not np.isfinite(v) for v in values):
-        raise ValueError(f"group {group.id}: rewards {values} are not all finite")
-    return np.array([np.nan if v is None else v for v in values], np.float64)
-
-
-def _samples(groups: list[Group], rewards: list[np.ndarray], grpo: Grpo) -> list[Sample]:
-    """The trajectories that carry a loss."""
-    advantages = group_advantages(rewards, scale_rewards=grpo.scale_rewards)
-    kept = [
-        (group.prompt, trajectory, advantage)
-        for group, values in zip(groups, advantages, strict=True)
-        for trajectory, advantage in zip(group.trajectories, values, strict=True)
-        if trajectory.reward is not None
-        and (trajectory.finish_reason == "stop" or not grpo.mask_truncated_completions)
-    ]
-    scales = token_scales(
-        np.array([len(trajectory.token_ids) for _, trajectory, _ in kept]),
-        num_sequences=sum(len(group.trajectories) for group in groups),
-        grpo=grpo,
-    )
-    return [
-        Sample(prompt.token_ids, trajectory, float(advantage), float(scale))
-        for (prompt, trajectory, advantage), scale in zip(kept, scales, strict=True)
-    ]
