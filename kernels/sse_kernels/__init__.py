@@ -4,9 +4,11 @@ Knows nothing of models. Needs torch alone.
 """
 
 from .conv import causal_conv, causal_conv_step
+from .delta.chunk import chunk_sse_gdn
 from .delta.naive import naive_sse_gdn
 from .delta.op import sse_gdn, sse_gdn_step
 from .delta.recurrent import recurrent_sse_gdn, recurrent_sse_gdn_step
+from .gla.chunk import chunk_sse_gla
 from .gla.naive import naive_sse_gla
 from .gla.op import sse_gla, sse_gla_step
 from .gla.recurrent import recurrent_sse_gla, recurrent_sse_gla_step
@@ -17,6 +19,8 @@ __all__ = [
     "Routing",
     "causal_conv",
     "causal_conv_step",
+    "chunk_sse_gdn",
+    "chunk_sse_gla",
     "gated_rms_norm",
     "naive_sse_gdn",
     "naive_sse_gla",

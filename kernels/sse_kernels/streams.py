@@ -30,6 +30,32 @@ def sum_streams(o: Tensor) -> Tensor:
     return total
 
 
+def split_state(state: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """[B, 1+N, Hv, Dv, Dk] as the states of B shared and of B * N sparse streams."""
+    if state is None:
+        return None, None
+    state = state.to(dtype)
+    return state[:, 0], state[:, 1:].flatten(0, 1)
+
+
+def join_streams(
+    shared: Tensor,
+    sparse: Tensor,
+    shared_state: Tensor | None,
+    sparse_state: Tensor | None,
+    v: Tensor,
+    routing: Routing,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum outputs [T, ..] and [T * K, ..] in v's shape and dtype; join what `split_state` split."""
+    tokens, k = routing.ids.shape
+    pairs = sparse.view(tokens, k, *v.shape[1:])
+    o = sum_streams(stack_streams(shared.view(v.shape), pairs)).to(v.dtype)
+    if shared_state is None or sparse_state is None:
+        return o, None
+    pairs = sparse_state.unflatten(0, (-1, routing.probs.shape[1]))
+    return o, torch.cat([shared_state[:, None], pairs], dim=1)
+
+
 def scan_tokens(
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     q: Tensor,

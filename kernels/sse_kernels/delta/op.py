@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..checks import expect_cu_seqlens, expect_initial_state, expect_slots, expect_streams
 from ..routing import Routing
-from .recurrent import recurrent_sse_gdn as chunk_sse_gdn
+from .chunk import chunk_sse_gdn
 from .recurrent import recurrent_sse_gdn_step
 
 
