@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,28 @@ class SSEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSEBlock"]  # noqa: RUF012
     _is_stateful = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' own, but a tensor that does not fit its config is a ValueError."""
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            message = _explain_mismatch(model.config, sorted(info["mismatched_keys"]))
+            raise ValueError(f"{pretrained_model_name_or_path}: {message}")
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -364,3 +387,19 @@ def _aux_loss(out: PackedOutput) -> Tensor:
         for probs, ids in zip(out.router_probs, out.routing_ids.unbind(1), strict=True)
     )
     return sum(losses, start=out.hidden.new_zeros((), dtype=torch.float32))
+
+
+def _explain_mismatch(config: SSEConfig, keys: list[tuple[str, torch.Size, torch.Size]]) -> str:
+    """Names the config key behind the first projection that does not fit, else the tensor."""
+    for name, stored, expected in keys:
+        if name.endswith("attn.q_proj.weight"):
+            layer = int(name.split("layers.")[1].split(".")[0])
+            softmax = layer in config.attention_layers
+            key = "attn.head_dim" if softmax else "head_dim"
+            heads = config.attn["num_heads"] if softmax and config.attn else config.num_heads
+            return (
+                f"{key}: {name} has {stored[0]} rows for {heads} heads, "
+                f"the configuration implies {expected[0]}"
+            )
+    name, stored, expected = keys[0]
+    return f"{name} has shape {list(stored)}, the configuration implies {list(expected)}"
