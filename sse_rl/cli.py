@@ -120,6 +120,53 @@ def evaluate(
 
 
 @app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows {completion, answer}.")],
+    kind: Annotated[
+        str, typer.Option(metavar="auto|aime|math", help="Of rows without one.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write each row with its grade here.")] = None,
+    fail_under: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit 1 if the score is below this.")
+    ] = None,
+) -> None:
+    """Grade answers."""
+    from sse_rl.grading import grade_file
+
+    grades = grade_file(file, kind)
+    if out is not None:
+        rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in grades.rows)
+        out.write_text("".join(rows), encoding="utf-8")
+    shown = "nothing to score" if grades.score is None else f"{100 * grades.score:.1f} %"
+    print(f"{len(grades.rows)} answers: {shown}")
+    for status, count in grades.statuses.items():
+        print(f"  {status:<20} {count}")
+    if fail_under is not None and (grades.score or 0.0) < fail_under:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's folder.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same benchmark.")],
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit 1 if B is further below A than this.")
+    ] = None,
+) -> None:
+    """Compare two evaluations, paired by problem."""
+    from sse_eval import EvaluationError
+    from sse_eval.compare import compare, describe
+
+    try:
+        comparison = compare(before, after, max_drop=max_drop)
+    except EvaluationError as error:
+        raise UserError(str(error)) from None
+    print(describe(comparison))
+    if not comparison.passes:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],

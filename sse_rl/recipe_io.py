@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -182,16 +182,16 @@ def _expected(message: str) -> str:
     return message.replace("a valid i", "an i").replace("a valid ", "a ")
 
 
-def _unknown(path: Sequence[int | str], siblings: Iterable[str]) -> str:
-    """`a.b: unknown key; did you mean a.c?`: a near sibling, else the same word elsewhere."""
+def _unknown(path: Sequence[int | str], siblings: Collection[str]) -> str:
+    """`a.b: unknown key; did you mean a.c?`: a close sibling, else the same word elsewhere."""
     dotted, key = ".".join(map(str, path)), str(path[-1])
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if near:
-        guess = ".".join([*map(str, path[:-1]), near[0]])
-    else:
-        keys = [name for name, *_ in describe()]
-        same = [name for name in keys if name.split(".")[-1] == key]
-        guess = (same or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.6) or [""])[0]
+    prefix = [*map(str, path[:-1])]
+    beside = lambda cutoff: [
+        ".".join([*prefix, name])
+        for name in difflib.get_close_matches(key, siblings, n=1, cutoff=cutoff)
+    ]
+    elsewhere = [name for name, *_ in describe() if name.split(".")[-1] == key]
+    guess = next(iter(beside(0.75) or elsewhere or beside(0.6)), None)
     return f"{dotted}: unknown key" + (f"; did you mean {guess}?" if guess else "")
 
 
