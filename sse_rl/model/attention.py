@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -173,26 +175,32 @@ def _tiled_attention(
     of_tile, token, place = _tiles(seqs, tile)
     tiles = token.shape[0]
     x = q[token].float().unflatten(2, (kv_heads, group)) * width**-0.5
-    x = x.permute(0, 2, 3, 1, 4).reshape(tiles * kv_heads, group * tile, width)
+    x = x.permute(0, 2, 3, 1, 4).reshape(tiles, kv_heads, group * tile, width)
     position = seqs.positions[token]
-    top = x.new_full((tiles * kv_heads, group * tile, 1), _MASKED)
+    top = x.new_full((tiles, kv_heads, group * tile, 1), _MASKED)
     total = torch.zeros_like(top)
     o = torch.zeros_like(x)
     for p in range(-(-seqs.max_context // size)):
         page = seqs.block_table[of_tile, p]
-        k = k_pages[page].float().permute(0, 2, 3, 1).reshape(tiles * kv_heads, width, size)
-        v = v_pages[page].float().transpose(1, 2).reshape(tiles * kv_heads, size, width)
+        k, v = (pages.index_select(0, page).float() for pages in (k_pages, v_pages))
         seen = _visible(position, torch.arange(p * size, (p + 1) * size), window)
-        scores = torch.bmm(x, k).view(tiles, kv_heads, group, tile, size)
-        scores = scores.masked_fill(~seen[:, None, None], _MASKED).view(-1, group * tile, size)
+        scores = _by_head(x, k.permute(0, 2, 3, 1).unbind(1)).view(
+            tiles, kv_heads, group, tile, size
+        )
+        scores = scores.masked_fill(~seen[:, None, None], _MASKED).flatten(2, 3)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - new_top)
         kept = torch.exp(top - new_top)
         total = total * kept + weights.sum(-1, keepdim=True)
-        o = o * kept + torch.bmm(weights, v)
+        o = o * kept + _by_head(weights, v.unbind(2))
         top = new_top
     o = (o / total).view(tiles, kv_heads, group, tile, width).permute(0, 3, 1, 2, 4)
     return o.reshape(tiles * tile, *q.shape[1:])[place].to(q.dtype)
+
+
+def _by_head(x: Tensor, pages: Sequence[Tensor]) -> Tensor:
+    """x [n, Hkv, L, a] times each head's [n, a, b], read in place: a transposed copy costs more."""
+    return torch.stack([torch.bmm(x[:, h], page) for h, page in enumerate(pages)], 1)
 
 
 def _tiles(seqs: PackedInputs, tile: int) -> tuple[Tensor, Tensor, Tensor]:
