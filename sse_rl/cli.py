@@ -173,10 +173,23 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Upload it too.")] = None,
 ) -> None:
     """Write a folder that plain transformers loads."""
-    from sse_rl.export import export_model
+    from transformers import AutoTokenizer
 
-    export_model(source, out, push_to_hub=push_to_hub)
+    from sse_rl.export import export_model
+    from sse_rl.model import SSEForCausalLM
+    from sse_rl.pipeline.evaluate import model_folder
+
+    folder = model_folder(str(source))
+    if out.exists():
+        raise UserError(f"{out}: exists already, choose another folder")
+    model = SSEForCausalLM.from_pretrained(folder)
+    export_model(model, AutoTokenizer.from_pretrained(folder), out)
     print(out)
+    if push_to_hub is not None:
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(push_to_hub, exist_ok=True)
+        print(HfApi().upload_folder(repo_id=push_to_hub, folder_path=out))
 
 
 @app.command()

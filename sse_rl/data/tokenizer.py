@@ -11,6 +11,7 @@ from sse_rl.errors import UserError
 from sse_rl.recipe import Data
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+OPENINGS = [f"{TURN_START}{role}\n" for role in ("system", "user", "assistant")]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,7 +47,9 @@ def load_tokenizer(data: Data) -> PreTrainedTokenizerBase:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """259 tokens: id b is the byte b, then end of turn (the end token), padding, start of turn.
+    """262 tokens: id b is the byte b, then end of turn (the end token), padding, start of turn,
+    and the opening of a system, user and assistant turn as one token each, as those who write
+    bytes pay for every letter.
 
     Any text is representable and decodes to itself. A saved folder is a plain tokenizer.json.
     """
@@ -58,7 +61,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=TURN_END,
-        additional_special_tokens=[TURN_START],
+        additional_special_tokens=[TURN_START, *OPENINGS],
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -32,7 +32,9 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
         model = SSEForCausalLM.from_pretrained(recipe.model.path)
     else:
         torch.manual_seed(recipe.seed)
-        model = SSEForCausalLM(SSEConfig(**model_keys(recipe, len(tokenizer))))
+        model = SSEForCausalLM(
+            SSEConfig(**special_ids(tokenizer) | model_keys(recipe, len(tokenizer)))
+        )
     model = model.to(getattr(torch, recipe.model.dtype))
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
@@ -47,6 +49,12 @@ def model_keys(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     if stated < vocab_size:
         raise UserError(f"model.config.vocab_size = {stated}: the tokenizer has {vocab_size} ids")
     return keys
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """The tokenizer's end, pad and begin tokens under the model config's names."""
+    names = ("eos_token_id", "pad_token_id", "bos_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
 
 
 def context_length(recipe: Recipe, vocab_size: int) -> int:

@@ -33,7 +33,7 @@ def test_a_saved_tokenizer_is_read_by_plain_transformers(tmp_path: Path):
     TOKENIZER.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(loaded) == 259
+    assert len(loaded) == 262
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
     messages = [{"role": "user", "content": "né"}, {"role": "assistant", "content": "3"}]
     assert loaded.apply_chat_template(messages, tokenize=False) == (
@@ -45,6 +45,7 @@ def test_a_prompt_ends_where_the_model_begins():
     (prompt,) = render([PROBLEM], TOKENIZER, DATA)
     assert prompt.text == "<|im_start|>user\n1 + 2 =<|im_end|>\n<|im_start|>assistant\n"
     assert TOKENIZER.decode(prompt.token_ids) == prompt.text
+    assert len(prompt.token_ids) == len("1 + 2 =") + 4
     assert (prompt.id, prompt.answer) == ("p", "3")
 
 
