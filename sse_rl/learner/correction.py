@@ -33,4 +33,5 @@ def correction_weights(
     high = torch.inf if correction.clip_max is None else correction.clip_max
     if correction.mode == "truncate":
         return ratio.clamp(low, high), ratio
-    return ratio.where((ratio >= low) & (ratio <= high), 0.0), ratio
+    # a ratio that is not a number stays one, and shows in the loss
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0), ratio

@@ -33,8 +33,11 @@ def weigh(groups: list[Group], grpo: Grpo) -> list[Sample]:
 
     Left out are trajectories without a reward, and with mask_truncated_completions those that did
     not end by themselves. The latter count in their group's mean reward, and both in the number of
-    sequences that a loss is divided by. Raises ValueError for a reward that is not finite.
+    sequences that a loss is divided by. Raises ValueError for an empty group or batch, and for a
+    reward that is not finite.
     """
+    if not groups or any(not group.trajectories for group in groups):
+        raise ValueError("a batch needs groups, and a group trajectories")
     rewards = [group_rewards(group) for group in groups]
     advantages = group_advantages(rewards, scale_rewards=grpo.scale_rewards)
     kept = [

@@ -119,6 +119,7 @@ class Learner:
             losses = [self._backward(row, balance, tally, 1 / len(rows)) for row in rows]
             updates.append(self.optimizer.update(torch.stack(losses).sum()))
         return {
+            "loss": 0.0,
             **tally.read(),
             "grad_norm": sum(u.grad_norm for u in updates) / max(len(updates), 1),
             "nonfinite": float(sum(u.nonfinite for u in updates)),
