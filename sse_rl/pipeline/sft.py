@@ -52,9 +52,9 @@ def train_sft(
         shortest = min((len(example["input_ids"]) for example in examples), default=0)
         raise UserError(f"sft.max_length = {sft.max_length}: the shortest example has {shortest}")
     part = out.with_name(out.name + ".part")
-    trainer = _Trainer(
+    trainer = ColdStartTrainer(
         model=model,
-        args=_arguments(sft, seed, part),
+        args=arguments(sft, seed, part),
         train_dataset=Dataset.from_list(kept),
         processing_class=tokenizer,
         callbacks=[_Report(progress)] if progress else [],
@@ -92,7 +92,7 @@ def encode(
     return examples
 
 
-class _Trainer(SFTTrainer):
+class ColdStartTrainer(SFTTrainer):
     """Adds the load-balance loss of each micro-batch.
 
     TRL runs the backbone and its own fused head and never asks the model for a loss, so the
@@ -141,7 +141,8 @@ class _Report(TrainerCallback):
             self._progress(state.global_step, _numbers(logs))
 
 
-def _arguments(sft: Sft, seed: int, folder: Path) -> SFTConfig:
+def arguments(sft: Sft, seed: int, folder: Path) -> SFTConfig:
+    """The section as TRL takes it: packed rows, one forward a micro-batch, no logging but ours."""
     return SFTConfig(
         output_dir=str(folder),
         max_steps=sft.max_steps,
