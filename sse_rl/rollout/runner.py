@@ -1,8 +1,8 @@
 """Runs the model on what the scheduler chose: owns the cache, block tables and input buffers.
 
-On the CPU the number of rows is padded to a multiple of 8, at least 16 (slot 0 and page 0 are
-scratch): matrix products of fewer rows round differently, and a request's result would depend on
-its company.
+The number of rows is padded to a multiple of 8, at least 16 (slot 0 and page 0 are scratch): on the
+CPU, matrix products of fewer rows round differently, and a request's result would depend on its
+company. On a GPU a decode step is one CUDA graph for each padded number of rows and of pages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM
 from sse_rl.rollout.scheduler import Piece
 from sse_rl.rollout.sequence import Job, Sequence
 
+_GRAPH_ROWS = 32
+"""Graphs are captured for multiples of this many rows."""
+
 
 class Fed(NamedTuple):
     """What the model said about the tokens of a call."""
@@ -26,6 +29,12 @@ class Fed(NamedTuple):
     """[R, V] fp32: every row of a decode step; of a prefill the last rows of finished prompts."""
     routing: np.ndarray
     """[T, L_sse, K] uint8, for all tokens fed."""
+
+
+class _Graph(NamedTuple):
+    replay: torch.cuda.CUDAGraph
+    logits: Tensor
+    routing: Tensor
 
 
 class Runner:
@@ -54,10 +63,12 @@ class Runner:
             device=self.device,
         )
         self._page_size = page_size
-        width = -(-max_model_len // page_size)
-        self._tables = torch.zeros(slots, width, dtype=torch.int64, device=self.device)
-        self._inputs = torch.zeros(3, _bucket(slots), dtype=torch.int64, device=self.device)
-        self._cu_seqlens = torch.arange(_bucket(slots) + 1, device=self.device)
+        self._width = -(-max_model_len // page_size)
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        rows = _bucket(slots, _GRAPH_ROWS)
+        self._tables = torch.zeros(slots, self._width, dtype=torch.int64, device=self.device)
+        self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=self.device)
+        self._cu_seqlens = torch.arange(rows + 1, device=self.device)
 
     def prefill(self, pieces: list[Piece]) -> Fed:
         """Feeds prompt tokens of several jobs, packed into one row."""
@@ -108,12 +119,13 @@ class Runner:
 
     def decode(self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> Fed:
         """Feeds one token to each slot, [B] each; `positions` counts what the cache holds."""
-        count, rows = len(slots), _bucket(len(slots))
-        inputs = np.zeros((3, rows), np.int64)
-        inputs[:, :count] = tokens, positions, slots
-        self._inputs[:, :rows].copy_(torch.from_numpy(inputs))
-        context = int(positions.max()) + 1
-        logits, routing = self._step(rows, context)
+        count, context = len(slots), int(positions.max()) + 1
+        if self.device.type == "cuda":
+            logits, routing = self._replay(slots, tokens, positions, context)
+        else:
+            rows = _bucket(count)
+            self._fill(rows, slots, tokens, positions)
+            logits, routing = self._step(rows, context)
         return Fed(logits[:count], routing[:count].cpu().numpy())
 
     def fork(self, job: Job, sequences: list[Sequence]) -> None:
@@ -141,6 +153,41 @@ class Runner:
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])
 
+    def _fill(
+        self, rows: int, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray
+    ) -> None:
+        inputs = np.zeros((3, rows), np.int64)
+        inputs[:, : len(slots)] = tokens, positions, slots
+        self._inputs[:, :rows].copy_(torch.from_numpy(inputs))
+
+    def _replay(
+        self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, context: int
+    ) -> tuple[Tensor, Tensor]:
+        """The decode step as a graph, captured on first use. What it returns is overwritten by the
+        next step, of any size."""
+        rows = _bucket(len(slots), _GRAPH_ROWS)
+        pages = min(1 << (-(-context // self._page_size) - 1).bit_length(), self._width)
+        if (rows, pages) not in self._graphs:
+            self._graphs[rows, pages] = self._capture(rows, pages * self._page_size)
+        graph = self._graphs[rows, pages]
+        self._fill(rows, slots, tokens, positions)
+        graph.replay.replay()
+        return graph.logits, graph.routing
+
+    def _capture(self, rows: int, context: int) -> _Graph:
+        self._inputs.zero_()  # the runs before the capture touch scratch alone
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step(rows, context)
+        torch.cuda.current_stream().wait_stream(stream)
+        pool = next((graph.replay.pool() for graph in self._graphs.values()), None)
+        replay = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(replay, pool=pool):
+            logits, routing = self._step(rows, context)
+        return _Graph(replay, logits, routing)
+
     def _step(self, rows: int, context: int) -> tuple[Tensor, Tensor]:
         tokens, positions, slots = self._inputs[:, :rows]
         output = self.model.packed(
@@ -166,5 +213,5 @@ class Runner:
         return torch.from_numpy(array).to(self.device)
 
 
-def _bucket(rows: int) -> int:
-    return max(16, -(-rows // 8) * 8)
+def _bucket(rows: int, multiple: int = 8) -> int:
+    return max(16, -(-rows // multiple) * multiple)

@@ -30,7 +30,7 @@ def tiny_model() -> Callable[..., SSEForCausalLM]:
             "num_hidden_layers": 3,
             "intermediate_size": 64,
             "vocab_size": VOCAB,
-            "initializer_range": 0.3,
+            "initializer_range": 0.1,
         }
         return SSEForCausalLM(SSEConfig(**settings | options)).requires_grad_(False)
 

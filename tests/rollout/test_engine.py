@@ -8,7 +8,7 @@ from sse_rl.model import PackedInputs, SSEForCausalLM
 from sse_rl.rollout.engine import Engine
 from sse_rl.types import Completion, Request, SamplingParams
 
-# Largest difference seen on CPU in fp32: 2.4e-6.
+# Largest difference seen on CPU in fp32, 45 completions of 100 tokens at temperature 1: 2.4e-6.
 LOGPROB_TOLERANCE = 1e-5
 
 
