@@ -1,0 +1,247 @@
+"""SSE-GLA backward: two sweeps rebuild the chunks' states h and dh, then every chunk stands alone.
+
+With the notation of triton_prepare, h the state before a chunk, dh the gradient of the state after it,
+and D = tril(do v^T):
+    dq' = D k' + e^r_q do h^T               dq = scale w e^(G - r_q) dq'
+    dk' = D^T q' + e^(G_C - r_k) v dh^T     dk = w e^(r_k - G) dk'
+    dv  = A^T do + (e^(G_C - r_k) k') dh    dw = sum_d (q' dq' + k' dk') / w
+    dg_i = sum_{j >= i} (q' dq' - k' dk')_j + sum_v (state after the chunk) dh
+The sum of dg is taken from the state at every chunk's end, so that rounding does not run along the
+sequence. k' and q' of one token multiply the same rounded products in dq and dk and cancel exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..block_sizes import block_sizes
+from .triton_forward import sum_slots
+from .triton_prepare import Prepared, prepare
+from .triton_shapes import GlaShapes, dot_precision
+from .triton_steep import add_steep_gradients
+from .triton_tiles import load_decays, load_rows, load_weights, references
+
+
+def gla_backward(
+    tokens: tuple[Tensor, ...],
+    weights: Tensor,
+    plan: tuple[Tensor, Tensor, Tensor],
+    initial_state: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    shapes: GlaShapes,
+) -> tuple[Tensor, ...]:
+    """Gradients of q1, k1, q2, k2, v, g1, g2, the weights [T, K] and, if given, `initial_state`."""
+    q1, k1, q2, k2, v, g1, g2 = tokens
+    rows, segments, chunks = plan
+    t, k, heads, dk = shapes.tokens, shapes.k, shapes.hv, shapes.dk
+    prepared = prepare(tokens, weights, plan, shapes, transpose=True)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    dv = v.new_empty(1 + k, *v.shape)
+    h, dh = (prepared.q.new_empty(len(chunks), heads, dk, shapes.dv) for _ in range(2))
+    common = dict(H=shapes.h, HV=heads, DK=dk, DV=shapes.dv, C=shapes.chunk)
+    common["PRECISION"] = dot_precision(v)
+
+    blocks = block_sizes("gla_states", v, dk)
+    block_k, block_v = min(blocks.k, dk), min(blocks.v, triton.next_power_of_2(shapes.dv))
+    tiles = dk // block_k * triton.cdiv(shapes.dv, block_v)
+    gla_states_kernel[(tiles * heads * shapes.segments,)](
+        prepared.k, prepared.scales, v, rows, segments, initial_state, h,
+        t, shapes.sequences, len(chunks), N=shapes.n, BK=block_k, BV=block_v,
+        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+    )  # fmt: skip
+    blocks = block_sizes("gla_dstates", v, dk)
+    block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
+    gla_dstates_kernel[(triton.cdiv(shapes.dv, block_v) * heads * shapes.segments,)](
+        *prepared[:4], do, rows, segments, dfinal, dh, dinitial, dv,
+        t, shapes.sequences, len(chunks), N=shapes.n, BV=block_v,
+        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+    )  # fmt: skip
+
+    dq1, dk1 = (q1.new_empty(1, t, heads, dk) for _ in range(2))
+    dq2, dk2 = (q1.new_empty(k, t, heads, dk) for _ in range(2))
+    dg1, dg2 = (g1.new_empty(s, t, heads, dk, dtype=torch.float32) for s in (1, k))
+    blocks = block_sizes("gla_dqk", v, dk)
+    block_k = min(blocks.k, dk)
+    dw = weights.new_empty(t, k, heads * (dk // block_k), dtype=torch.float32)
+    gla_dqk_kernel[(len(chunks) * heads * (dk // block_k),)](
+        prepared.q, prepared.k, prepared.steep, g1, g2, v, do, h, dh, weights, rows, chunks,
+        dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
+        K=k, BK=block_k, BV=triton.next_power_of_2(shapes.dv), SCALE=dk**-0.5,
+        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+    )  # fmt: skip
+    slots = (dq1, dk1, dq2, dk2, dv, dg1, dg2, dw)
+    add_steep_gradients(tokens, weights, plan, do, slots, prepared.steep, shapes)
+    group = heads // shapes.h
+    gradients = (
+        sum_slots(dq1, q1.dtype, group),
+        sum_slots(dk1, k1.dtype, group),
+        sum_slots(dq2, q2.dtype, group),
+        sum_slots(dk2, k2.dtype, group),
+        sum_slots(dv, v.dtype),
+        sum_slots(dg1, g1.dtype, group),
+        sum_slots(dg2, g2.dtype, group),
+        dw.sum(-1).to(weights.dtype),
+    )
+    return gradients if dinitial is None else (*gradients, dinitial)
+
+
+@triton.jit
+def gla_states_kernel(
+    k, scales, v, rows, segments, initial_state, states,
+    T, B, M,
+    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """states [M, Hv, Dk, Dv]: the state before every chunk."""
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    TILES: tl.constexpr = DK // BK * NV
+    i_tile = tl.program_id(0) % TILES
+    i_h = tl.program_id(0) // TILES % HV
+    i_s = tl.program_id(0) // (TILES * HV)
+    chunk_count = tl.load(segments + i_s)
+    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
+    chunk_count = tl.minimum(chunk_count, M - chunk)
+
+    i_c, i_k = tl.arange(0, C), i_tile // NV * BK + tl.arange(0, BK)
+    i_vd = i_tile % NV * BV + tl.arange(0, BV)
+    v_mask = (i_vd < DV)[None, :]
+    h = tl.zeros([BK, BV], tl.float32)
+    if initial_state is not None:
+        edge_at = ((i_s % B * (1 + N) + i_s // B).to(tl.int64) * HV + i_h) * DK * DV
+        edge_tile = edge_at + i_k[:, None] + i_vd[None, :] * DK
+        h += tl.load(initial_state + edge_tile, mask=v_mask, other=0.0).to(tl.float32)
+    dtype = k.dtype.element_ty
+    for c in range(0, chunk_count):
+        head = (chunk + c).to(tl.int64) * H + i_h // (HV // H)
+        b_k = tl.load(k + head * C * DK + i_c[:, None] * DK + i_k[None, :])
+        mask, token, _ = load_rows(rows, chunk + c, T, C)
+        v_at = v + ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        b_v = tl.load(v_at, mask=mask[:, None] & v_mask, other=0.0).to(dtype)
+        scales_at = scales + head * 3 * DK + i_k
+        into, out = tl.load(scales_at) * tl.load(scales_at + DK), tl.load(scales_at + 2 * DK)
+        state_at = states + ((chunk + c).to(tl.int64) * HV + i_h) * DK * DV
+        tl.store(state_at + i_k[:, None] * DV + i_vd[None, :], h.to(dtype), mask=v_mask)
+        h = tl.dot(tl.trans(b_k), b_v, h * into[:, None], input_precision=PRECISION)
+        h *= out[:, None]
+
+
+@triton.jit
+def gla_dstates_kernel(
+    q, k, scores, scales, do, rows, segments, dfinal, dstates, dinitial, dv,
+    T, B, M,
+    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dstates [M, Hv, Dk, Dv]: the gradient of the state after every chunk; and the slots of dv."""
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = tl.program_id(0) // NV % HV
+    i_s = tl.program_id(0) // (NV * HV)
+    chunk_count = tl.load(segments + i_s)
+    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
+    chunk_count = tl.minimum(chunk_count, M - chunk)
+
+    i_c, i_k, i_vd = tl.arange(0, C), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    v_mask = (i_vd < DV)[None, :]
+    edge_at = ((i_s % B * (1 + N) + i_s // B).to(tl.int64) * HV + i_h) * DK * DV
+    edge_tile = edge_at + i_k[:, None] + i_vd[None, :] * DK
+    dh = tl.zeros([DK, BV], tl.float32)
+    if dfinal is not None:
+        dh += tl.load(dfinal + edge_tile, mask=v_mask, other=0.0).to(tl.float32)
+    dtype = q.dtype.element_ty
+    for step in range(0, chunk_count):
+        i_m = chunk + chunk_count - 1 - step
+        head = i_m.to(tl.int64) * H + i_h // (HV // H)
+        tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
+        b_q = tl.load(q + tile)
+        b_k = tl.load(k + tile)
+        b_at = tl.load(scores + head * C * C + i_c[:, None] * C + i_c[None, :])
+        mask, token, row = load_rows(rows, i_m, T, C)
+        mask = mask[:, None] & v_mask
+        do_at = do + ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        b_do = tl.load(do_at, mask=mask, other=0.0).to(dtype)
+        scales_at = scales + head * 3 * DK + i_k
+        state_at = dstates + (i_m.to(tl.int64) * HV + i_h) * DK * DV
+        tl.store(state_at + i_k[:, None] * DV + i_vd[None, :], dh.to(dtype), mask=v_mask)
+        dh *= tl.load(scales_at + 2 * DK)[:, None]
+        b_dv = tl.dot(b_k, dh.to(dtype), input_precision=PRECISION)
+        b_dv = tl.dot(b_at, b_do, b_dv, input_precision=PRECISION)
+        dh *= tl.load(scales_at + DK)[:, None]
+        dh = tl.dot(tl.trans(b_q), b_do, dh, input_precision=PRECISION)
+        dh *= tl.load(scales_at)[:, None]
+        dv_at = dv + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        tl.store(dv_at, b_dv.to(dv.dtype.element_ty), mask=mask)
+    if dinitial is not None:
+        tl.store(dinitial + edge_tile, dh, mask=v_mask)
+
+
+@triton.jit
+def gla_dqk_kernel(
+    q, k, steep, g1, g2, v, do, states, dstates, weights, rows, chunks,
+    dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
+    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The slots of dq, dk, dg [1 or K, T, Hv, Dk] and the parts of dw [T, K, Hv * Dk // BK]."""
+    NK: tl.constexpr = DK // BK
+    i_b = tl.program_id(0) % NK
+    i_h = tl.program_id(0) // NK % HV
+    i_m = tl.program_id(0) // (NK * HV)
+    i_s = tl.load(chunks + i_m)
+    if i_s < 0:
+        return
+    g, dq, dk, dg = g1, dq1, dk1, dg1
+    if i_s >= B:
+        g, dq, dk, dg = g2, dq2, dk2, dg2
+    row_mask, token, row = load_rows(rows, i_m, T, C)
+    weight, choice, sparse = load_weights(weights, token, row, row_mask, T, K)
+    mask = row_mask[:, None]
+    i_c, i_k, i_vd = tl.arange(0, C), i_b * BK + tl.arange(0, BK), tl.arange(0, BV)
+    v_mask = (i_vd < DV)[None, :]
+    head = i_m.to(tl.int64) * H + i_h // (HV // H)
+    tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
+    state_tile = (i_m.to(tl.int64) * HV + i_h) * DK * DV + i_k[:, None] * DV + i_vd[None, :]
+    v_tile = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+    qk_tile = ((token * H + i_h // (HV // H)) * DK)[:, None] + i_k[None, :]
+    dtype = q.dtype.element_ty
+
+    b_v = tl.load(v + v_tile, mask=mask & v_mask, other=0.0).to(dtype)
+    b_do = tl.load(do + v_tile, mask=mask & v_mask, other=0.0).to(dtype)
+    b_h = tl.load(states + state_tile, mask=v_mask, other=0.0)
+    b_dh = tl.load(dstates + state_tile, mask=v_mask, other=0.0)
+    b_q = tl.load(q + tile)
+    b_k = tl.load(k + tile)
+    b_g = load_decays(g, qk_tile, mask)
+    total = tl.sum(b_g, axis=0)
+    _, r_q, r_k = references(total, 80.0)
+    flat = tl.load(steep + head) == 0
+    b_d = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_d = tl.where((i_c[:, None] >= i_c[None, :]) & flat, b_d, 0.0).to(dtype)
+    b_dt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_dt = tl.where((i_c[:, None] <= i_c[None, :]) & flat, b_dt, 0.0).to(dtype)
+
+    b_dk = tl.dot(b_v, tl.trans(b_dh), input_precision=PRECISION) * tl.exp(total - r_k)[None, :]
+    dg_end = tl.exp(total) * tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), axis=1)
+    dg_end += tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
+    b_dk = tl.dot(b_dt, b_q, b_dk, input_precision=PRECISION)
+    b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION) * tl.exp(r_q)[None, :]
+    b_dq = tl.dot(b_d, b_k, b_dq, input_precision=PRECISION)
+
+    b_qdq, b_kdk = b_q.to(tl.float32) * b_dq, b_k.to(tl.float32) * b_dk
+    # A weight that underflowed to 0 has no gradient behind its softmax either.
+    b_dw = tl.where(weight > 0, tl.sum(b_qdq + b_kdk, axis=1) / weight, 0.0)
+    tl.store(dw + (choice * HV + i_h) * NK + i_b, b_dw, mask=sparse)
+    b_dg = tl.cumsum(b_qdq - b_kdk, axis=0, reverse=True) + dg_end[None, :]
+    out_row = tl.where(i_s >= B, row - T, row)
+    out_tile = ((out_row * HV + i_h) * DK)[:, None] + i_k[None, :]
+    tl.store(dg + out_tile, b_dg, mask=mask)
+    b_sum = tl.cumsum(b_g, axis=0)
+    b_dq *= tl.exp(b_sum - r_q[None, :]) * (weight * SCALE)[:, None]
+    tl.store(dq + out_tile, b_dq.to(dq.dtype.element_ty), mask=mask)
+    b_dk *= tl.exp(r_k[None, :] - b_sum) * weight[:, None]
+    tl.store(dk + out_tile, b_dk.to(dk.dtype.element_ty), mask=mask)

@@ -1,0 +1,121 @@
+"""SSE-GLA forward: a program sweeps one segment's chunks with its state on the chip.
+
+With q', k', A of triton_prepare, G_C a chunk's summed decay and h the state before it:
+    o = q' (e^r_q h) + A v          h <- e^G_C h + e^(G_C - r_k) k'^T v
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..block_sizes import block_sizes
+from .triton_prepare import prepare
+from .triton_shapes import GlaShapes, dot_precision
+from .triton_steep import add_steep_outputs
+from .triton_tiles import load_rows
+
+
+def gla_forward(
+    tokens: tuple[Tensor, ...],
+    weights: Tensor,
+    plan: tuple[Tensor, Tensor, Tensor],
+    initial_state: Tensor | None,
+    final_state: Tensor | None,
+    shapes: GlaShapes,
+) -> Tensor:
+    """o [T, Hv, Dv]; writes `final_state` if given. tokens: q1, k1, q2, k2, v, g1, g2, contiguous."""
+    v = tokens[4]
+    rows, segments, chunks = plan
+    prepared = prepare(tokens, weights, plan, shapes, transpose=False)
+    slots = v.new_empty(1 + shapes.k, *v.shape)
+    blocks = block_sizes("gla_fwd", v, shapes.dk)
+    block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
+    blocks_v = triton.cdiv(shapes.dv, block_v)
+    gla_fwd_kernel[(blocks_v * shapes.hv * shapes.segments,)](
+        *prepared[:4], v, rows, segments, initial_state, slots, final_state,
+        shapes.tokens, shapes.sequences, len(chunks),
+        H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
+        C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    add_steep_outputs(tokens, weights, plan, prepared.steep, slots, shapes)
+    return sum_slots(slots, v.dtype)
+
+
+def sum_slots(slots: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:
+    """[S, T, H * group, D] summed over the S slots and then each group of heads, in fixed order."""
+    count, tokens, heads, width = slots.shape
+    if count == 1 and group == 1:
+        return slots[0].to(dtype)
+    out = slots.new_empty(tokens, heads // group, width, dtype=dtype)
+    if out.numel():
+        sum_slots_kernel[(triton.cdiv(out.numel(), 2048),)](
+            slots, out, out.numel(), slots[0].numel(), S=count, GROUP=group, D=width, BLOCK=2048
+        )
+    return out
+
+
+@triton.jit
+def gla_fwd_kernel(
+    q, k, scores, scales, v, rows, segments, initial_state, slots, final_state,
+    T, B, M,
+    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = tl.program_id(0) // NV % HV
+    i_s = tl.program_id(0) // (NV * HV)
+    chunk_count = tl.load(segments + i_s)
+    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
+    chunk_count = tl.minimum(chunk_count, M - chunk)
+
+    i_c, i_k, i_vd = tl.arange(0, C), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
+    v_mask = (i_vd < DV)[None, :]
+    state_at = ((i_s % B * (1 + N) + i_s // B).to(tl.int64) * HV + i_h) * DK * DV
+    state_tile = state_at + i_k[:, None] + i_vd[None, :] * DK
+    h = tl.zeros([DK, BV], tl.float32)
+    if initial_state is not None:
+        h += tl.load(initial_state + state_tile, mask=v_mask, other=0.0).to(tl.float32)
+    dtype = q.dtype.element_ty
+    for c in range(0, chunk_count):
+        head = (chunk + c).to(tl.int64) * H + i_h // (HV // H)
+        tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
+        b_q = tl.load(q + tile)
+        b_k = tl.load(k + tile)
+        b_a = tl.load(scores + head * C * C + i_c[:, None] * C + i_c[None, :])
+        mask, token, row = load_rows(rows, chunk + c, T, C)
+        v_at = v + ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        b_v = tl.load(v_at, mask=mask[:, None] & v_mask, other=0.0).to(dtype)
+        scales_at = scales + head * 3 * DK + i_k
+        h *= tl.load(scales_at)[:, None]
+        o = tl.dot(b_q, h.to(dtype), input_precision=PRECISION)
+        o = tl.dot(b_a, b_v, o, input_precision=PRECISION)
+        h *= tl.load(scales_at + DK)[:, None]
+        h = tl.dot(tl.trans(b_k), b_v, h, input_precision=PRECISION)
+        h *= tl.load(scales_at + 2 * DK)[:, None]
+        o_at = slots + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        tl.store(o_at, o.to(slots.dtype.element_ty), mask=mask[:, None] & v_mask)
+    if final_state is not None:
+        tl.store(final_state + state_tile, h, mask=v_mask)
+
+
+@triton.jit
+def sum_slots_kernel(
+    slots, out, size, slot_size,
+    S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    source = i
+    if GROUP > 1:
+        source = i // D * (GROUP * D) + i % D
+    total = tl.zeros([BLOCK], tl.float32)
+    for s in tl.static_range(S):
+        for j in tl.static_range(GROUP):
+            x = tl.load(slots + s * slot_size.to(tl.int64) + source + j * D, mask=mask, other=0.0)
+            total += x.to(tl.float32)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,117 @@
+"""The part of SSE-GLA that every chunk does alone: decays into queries and keys, and their products.
+
+With G the decays summed inside a chunk, r_q and r_k reference points (see `references`):
+    q' = scale w q e^(G - r_q)     k' = w k e^(r_k - G)     A = tril(q' k'^T)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..block_sizes import block_sizes
+from .triton_shapes import GlaShapes, dot_precision
+from .triton_tiles import load_decays, load_rows, load_weights, references
+
+
+class Prepared(NamedTuple):
+    """Tiles of every chunk m and query head h, rows without a token zero."""
+
+    q: Tensor
+    """[M, H, C, Dk] q', bf16 (fp32 for fp32 inputs)."""
+    k: Tensor
+    """[M, H, C, Dk] k'."""
+    scores: Tensor
+    """[M, H, C, C] A, or its transpose; zero in steep chunks."""
+    scales: Tensor
+    """[M, H, 3, Dk] fp32: e^r_q, e^(r_k - r_q), e^(G_C - r_k)."""
+    steep: Tensor
+    """[M, H] int8: 1 where the pairs inside the chunk are left to triton_steep."""
+
+
+def prepare(
+    tokens: tuple[Tensor, ...],
+    weights: Tensor,
+    plan: tuple[Tensor, Tensor, Tensor],
+    shapes: GlaShapes,
+    *,
+    transpose: bool,
+) -> Prepared:
+    """tokens: q1, k1, q2, k2, v, g1, g2, contiguous. transpose: of the scores."""
+    q1, k1, q2, k2, _, g1, g2 = tokens
+    rows, _, chunks = plan
+    m, h, c, dk = len(chunks), shapes.h, shapes.chunk, shapes.dk
+    dtype = torch.float32 if q1.dtype == torch.float32 else torch.bfloat16
+    out = Prepared(
+        q1.new_empty(m, h, c, dk, dtype=dtype),
+        q1.new_empty(m, h, c, dk, dtype=dtype),
+        q1.new_empty(m, h, c, c, dtype=dtype),
+        q1.new_empty(m, h, 3, dk, dtype=torch.float32),
+        q1.new_empty(m, h, dtype=torch.int8),
+    )
+    blocks = block_sizes("gla_prepare", q1, dk)
+    gla_prepare_kernel[(m * h,)](
+        q1, k1, q2, k2, g1, g2, weights, rows, chunks, *out,
+        shapes.tokens, shapes.sequences,
+        H=h, DK=dk, K=shapes.k, C=c, BK=min(blocks.k, dk), SCALE=dk**-0.5,
+        TRANSPOSE=transpose, PRECISION=dot_precision(q1),
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def gla_prepare_kernel(
+    q1, k1, q2, k2, g1, g2, weights, rows, chunks, q_out, k_out, scores, scales, steep_out,
+    T, B,
+    H: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    SCALE: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_h, i_m = tl.program_id(0) % H, tl.program_id(0) // H
+    i_s = tl.load(chunks + i_m)
+    if i_s < 0:
+        return
+    q, k, g = q1, k1, g1
+    if i_s >= B:
+        q, k, g = q2, k2, g2
+    row_mask, token, row = load_rows(rows, i_m, T, C)
+    weight, _, _ = load_weights(weights, token, row, row_mask, T, K)
+    mask = row_mask[:, None]
+    i_c, i_k = tl.arange(0, C), tl.arange(0, BK)
+    tile = ((token * H + i_h) * DK)[:, None] + i_k[None, :]
+    head = tl.program_id(0).to(tl.int64)
+    out_tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
+    scales_at = head * 3 * DK + i_k
+    dtype = q_out.dtype.element_ty
+    a = tl.zeros([C, C], tl.float32)
+    steep = 0
+    for block in tl.static_range(DK // BK):
+        b_g = load_decays(g, tile + block * BK, mask)
+        b_q = tl.load(q + tile + block * BK, mask=mask, other=0.0).to(tl.float32)
+        b_k = tl.load(k + tile + block * BK, mask=mask, other=0.0).to(tl.float32)
+        total = tl.sum(b_g, axis=0)
+        block_steep, r_q, r_k = references(total, 80.0)
+        steep |= block_steep
+        b_sum = tl.cumsum(b_g, axis=0)
+        b_q = (b_q * (weight * SCALE)[:, None] * tl.exp(b_sum - r_q[None, :])).to(dtype)
+        b_k = (b_k * weight[:, None] * tl.exp(r_k[None, :] - b_sum)).to(dtype)
+        tl.store(q_out + out_tile + block * BK, b_q)
+        tl.store(k_out + out_tile + block * BK, b_k)
+        tl.store(scales + scales_at + block * BK, tl.exp(r_q))
+        tl.store(scales + scales_at + DK + block * BK, tl.exp(r_k - r_q))
+        tl.store(scales + scales_at + 2 * DK + block * BK, tl.exp(total - r_k))
+        if TRANSPOSE:
+            a = tl.dot(b_k, tl.trans(b_q), a, input_precision=PRECISION)
+        else:
+            a = tl.dot(b_q, tl.trans(b_k), a, input_precision=PRECISION)
+    tl.store(steep_out + head, steep.to(tl.int8))
+    if TRANSPOSE:
+        seen = i_c[:, None] <= i_c[None, :]
+    else:
+        seen = i_c[:, None] >= i_c[None, :]
+    a = tl.where(seen & (steep == 0), a, 0.0)
+    tl.store(scores + head * C * C + i_c[:, None] * C + i_c[None, :], a.to(dtype))

@@ -1,0 +1,57 @@
+"""Sizes of one SSE-GLA call, and what the Triton form can serve."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..routing_plan import CHUNK
+
+
+class GlaShapes(NamedTuple):
+    """Axis lengths that every launcher needs."""
+
+    tokens: int
+    sequences: int
+    h: int
+    hv: int
+    dk: int
+    dv: int
+    k: int
+    n: int
+    chunk: int = CHUNK
+
+    @property
+    def segments(self) -> int:
+        """Sequences times streams."""
+        return self.sequences * (1 + self.n)
+
+
+def gla_shapes(q: Tensor, v: Tensor, weights: Tensor, segments: Tensor, n: int) -> GlaShapes:
+    """Sizes of q [T, H, Dk], v [T, Hv, Dv], weights [T, K] and a plan's segments."""
+    return GlaShapes(
+        tokens=v.shape[0],
+        sequences=segments.shape[1] // (1 + n),
+        h=q.shape[1],
+        hv=v.shape[1],
+        dk=q.shape[2],
+        dv=v.shape[2],
+        k=weights.shape[1],
+        n=n,
+    )
+
+
+def dot_precision(x: Tensor) -> str:
+    """fp32 operands multiply as three tf32 products, which keeps fp32's error; others are exact."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def triton_serves(dk: int, dv: int, dtype: torch.dtype) -> bool:
+    """Whether the Triton form has kernels for these head widths."""
+    return (
+        dk in (16, 32, 64, 128, 256)
+        and 16 <= dv <= 256
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )

@@ -1,0 +1,42 @@
+"""What the SSE-GLA kernels read alike: a chunk's rows, its decays and its scaled queries and keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(rows, i_m, T, C: tl.constexpr):
+    """Of the C rows of chunk i_m: mask, token, output row (slot * T + token)."""
+    row = tl.load(rows + i_m * C + tl.arange(0, C))
+    mask = row >= 0
+    row = tl.maximum(row, 0).to(tl.int64)
+    return mask, row % T, row
+
+
+@triton.jit
+def load_weights(weights, token, row, mask, T, K: tl.constexpr):
+    """Router weights of a chunk's rows, and where they stand in [T, K]; 1 in the shared stream."""
+    choice = token * K + row // T - 1
+    sparse = mask & (row >= T)
+    return tl.load(weights + choice, mask=sparse, other=1.0).to(tl.float32), choice, sparse
+
+
+@triton.jit
+def load_decays(g, tile, mask):
+    """Log-decays of a tile, 0 outside. Below -30 they are cut: e^-30 is 0 beside any fp32 sum."""
+    return tl.maximum(tl.load(g + tile, mask=mask, other=0.0).to(tl.float32), -30.0)
+
+
+@triton.jit
+def references(total, LIMIT: tl.constexpr):
+    """Reference points of q and k for channels whose decays sum to `total` [D], and if any is steep.
+
+    q e^(G - r) and k e^(r - G) with r = total / 2 stay in range while |total| <= LIMIT. A steep channel
+    takes r = 0 for q and r = total for k: right for all that crosses the chunk's border, while the
+    pairs inside the chunk are left to the exact kernels of triton_steep.
+    """
+    steep = total < -LIMIT
+    half = total * 0.5
+    return tl.max(steep.to(tl.int32), 0), tl.where(steep, 0.0, half), tl.where(steep, total, half)
