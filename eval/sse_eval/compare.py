@@ -88,7 +88,7 @@ def compare(before: Path | str, after: Path | str, *, max_drop: float | None = N
         before=float(a.mean()),
         after=float(b.mean()),
         difference=float((b - a).mean()),
-        interval=statistics.bootstrap_interval(b - a),
+        interval=statistics.difference_interval(b - a),
         p_value=statistics.permutation_p(b - a),
         gained=[change for change in changes if change.before < 0.5 <= change.after],
         lost=[change for change in changes if change.after < 0.5 <= change.before],

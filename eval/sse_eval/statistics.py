@@ -18,8 +18,7 @@ Interval = tuple[float, float]
 
 _NORMAL = NormalDist()
 _SEED = 0
-_RESAMPLES = 10_000
-_CHUNK = 500  # resamples at a time: 500 x 1,319 counts are 5 MB
+_CHUNK = 500  # resamples at a time
 
 
 def average(scores: Scores) -> float:
@@ -77,35 +76,52 @@ def sampling_interval(scores: Scores, *, level: float = 0.95) -> Interval | None
 
 
 def bootstrap_interval(values: np.ndarray, *, level: float = 0.95) -> Interval | None:
-    """Percentile bootstrap of a mean over problems, values [P]; None for one problem.
+    """Where the mean over problems would fall with other problems of their kind, values [P] in
+    0..1; None for one problem.
 
-    The percentiles are widened to Student's t with P-1 degrees (Hesterberg, arXiv:1411.5279, 4.3:
-    "expanded percentile"), without which 30 problems cover 93 %. If all values are equal nothing
-    can be resampled: 0..1 values then get Wilson's interval.
+    The problem bootstrap of `_resampled`; Wilson's interval where the problems are mere trials,
+    all of them 0 or 1, or equal.
     """
-    problems = len(values)
-    if problems < 2:
+    if len(values) < 2:
+        return None
+    if np.ptp(values) == 0 or set(values.tolist()) <= {0.0, 1.0}:
+        return _wilson(float(values.mean()), len(values), level)
+    low, high = _resampled(values, level)
+    return max(0.0, low), min(1.0, high)
+
+
+def difference_interval(values: np.ndarray, *, level: float = 0.95) -> Interval | None:
+    """The same for paired differences [P] in -1..1."""
+    if len(values) < 2:
         return None
     if np.ptp(values) == 0:
-        return _wilson(min(max(float(values[0]), 0.0), 1.0), problems, level)
-    means = resampled_means(values)
-    tail = _NORMAL.cdf(
-        -math.sqrt(problems / (problems - 1)) * _student(1 - (1 - level) / 2, problems - 1)
-    )
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+        return float(values[0]), float(values[0])
+    low, high = _resampled(values, level)
+    return max(-1.0, low), min(1.0, high)
 
 
-def resampled_means(values: np.ndarray) -> np.ndarray:
-    """Means of 10,000 resamples with replacement, [10000]."""
+def _resampled(values: np.ndarray, level: float) -> Interval:
+    """The hull of two intervals from 10,000 resamples of the problems.
+
+    Bootstrap-t (Efron and Tibshirani 1993, 12.5) covers skewed scores, where percentiles of 30
+    problems cover as little as 86 %; percentiles, widened to Student's t with P-1 degrees
+    (Hesterberg, arXiv:1411.5279), cover a handful of problems, where bootstrap-t degenerates.
+    """
+    count, mean = len(values), values.mean()
     random = np.random.default_rng(_SEED)
-    even = np.full(len(values), 1 / len(values))
-    return np.concatenate(
-        [
-            random.multinomial(len(values), even, size=_CHUNK) @ values / len(values)
-            for _ in range(_RESAMPLES // _CHUNK)
-        ]
-    )
+    moments = [_moments(values[random.integers(count, size=(_CHUNK, count))]) for _ in range(20)]
+    means, errors = np.concatenate(moments, axis=1)
+    sound = errors > 1e-9
+    tail = (1 - level) / 2
+    t_low, t_high = np.quantile((means[sound] - mean) / errors[sound], [tail, 1 - tail])
+    student = math.sqrt(count / (count - 1)) * _student(1 - tail, count - 1)
+    low, high = np.quantile(means, [_NORMAL.cdf(-student), _NORMAL.cdf(student)])
+    spread = values.std()
+    return float(min(low, mean - t_high * spread)), float(max(high, mean - t_low * spread))
+
+
+def _moments(draws: np.ndarray) -> np.ndarray:
+    return np.stack([draws.mean(1), draws.std(1)])
 
 
 def permutation_p(differences: np.ndarray) -> float:
