@@ -66,9 +66,10 @@ def run(
     job = Job.prepare(recipe, run_dir)
     if dry_run:
         return job.plan()
+    cluster.connect(address)
+    cluster.preflight(recipe)
+    # Ray installs handlers of its own when it starts: ours come after
     with RunConsole(recipe.name) as console, stop_signal() as interrupted:
-        cluster.connect(address)
-        cluster.preflight(recipe)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / RECIPE).write_text(resolve(recipe))
         job.console, job.interrupted = console, interrupted

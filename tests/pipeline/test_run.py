@@ -1,0 +1,135 @@
+"""Whole runs through Ray: to the end, through deaths of every kind, and from where they stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def start(runs: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sse_rl", "run", str(HERE / "tiny.yaml")]
+    command += ["--runs-dir", str(runs), "--address", "local", *options]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def steps_done(runs: Path) -> int:
+    path = runs / "tiny" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def metrics(runs: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (runs / "tiny" / "metrics.jsonl").open()]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run to compare with."""
+    runs = tmp_path_factory.mktemp("whole")
+    finish(start(runs))
+    return runs
+
+
+def test_a_run_writes_what_it_promises(whole):
+    run = whole / "tiny"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 8
+    assert summary["eval"]["heldout"].keys() >= {"base", "tuned", "gain"}
+    assert [row["step"] for row in metrics(whole)] == list(range(1, 9))
+    assert metrics(whole)[-1]["rewards/sse_test_rewards:closeness"] > 0
+    for path in ("recipe.yaml", "samples.jsonl", "tensorboard", "report.html", "checkpoints/step-8"):
+        assert (run / path).exists(), path
+    assert (run / "eval" / "heldout-0" / "results.jsonl").exists()
+
+
+def test_engine_and_learner_agree_at_every_step(whole):
+    for row in metrics(whole):
+        assert row["rollout_logprob_diff_max"] < 1e-5
+        assert row["flip_rate"] < 0.01
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    before = (whole / "tiny" / "metrics.jsonl").stat().st_mtime_ns
+    finish(start(whole))
+    assert (whole / "tiny" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_killed_driver_resumes_to_the_same_digits(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: steps_done(tmp_path) >= 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finish(start(tmp_path, "--resume", "auto"))
+    assert metrics(tmp_path) == metrics(whole)
+    same = (whole / "tiny" / "samples.jsonl").read_text()
+    assert (tmp_path / "tiny" / "samples.jsonl").read_text() == same
+
+
+def test_a_stopped_run_saves_and_resumes_to_the_same_digits(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: steps_done(tmp_path) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    finish(start(tmp_path))
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_killed_rollout_worker_changes_nothing_but_the_time(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: steps_done(tmp_path) >= 2, process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "RolloutWorker" in " ".join(child.cmdline()):
+            child.kill()
+    finish(process)
+    assert metrics(tmp_path) == metrics(whole)
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").open()]
+    assert rows[-1]["perf/worker_restarts"] == 1
+
+
+def test_another_recipe_does_not_touch_the_folder(whole):
+    process = start(whole, "--set", "grpo.learning_rate=0.5")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "grpo.learning_rate" in output and "Traceback" not in output
+
+
+def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole / "tiny", tmp_path / "tiny")
+    summary = tmp_path / "tiny" / "summary.json"
+    summary.write_text(summary.read_text().replace("finished", "interrupted"))
+    trainer = tmp_path / "tiny" / "checkpoints" / "step-8" / "trainer.pt"
+    trainer.write_bytes(trainer.read_bytes()[:-10])
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "trainer.pt" in output and "Traceback" not in output
