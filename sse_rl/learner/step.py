@@ -133,7 +133,12 @@ class Learner:
             self._compare(row, logprobs.detach(), out, tally)
         assert row.old is not None and row.weights is not None
         tokens = Tokens(
-            row.lengths, row.advantages, row.scales, row.old, row.weights, row.reference
+            lengths=row.lengths,
+            advantages=row.advantages,
+            scales=row.scales,
+            old_logprobs=row.old,
+            weights=row.weights,
+            reference_logprobs=row.reference,
         )
         policy = policy_loss(logprobs, tokens, self.grpo)
         aux = balance_loss(
@@ -164,11 +169,11 @@ class Learner:
             with torch.no_grad():
                 hidden = self.reference.packed(row.input_ids, row.inputs)
                 row.reference, _ = self._logprobs(self.reference, hidden, row)
-        gap = old - row.rollout
+        gap = (old - row.rollout).double()
         corrected = row.weights != (ratio if self.grpo.correction.level != "none" else 1)
         tally.mean(
             {
-                "rollout_kl": (gap.exp() - gap - 1).sum(),
+                "rollout_kl": (gap.expm1() - gap).sum(),
                 "rollout_logprob_diff_mean": gap.abs().sum(),
                 "importance_ratio/mean": ratio.sum(),
                 "correction_share": corrected.sum(),

@@ -24,7 +24,7 @@ from sse_rl.types import Group, Prompt, Trajectory
 
 END, PAD, PROMPTS, ANSWERS, MAX_LENGTH = 1, 0, 4, 4, 9
 TOLERANCE = 1e-6
-"""Measured: 2.4e-7 at most."""
+"""Measured: 4e-8 in a loss, 8e-9 in a gradient whose largest entry is 7e-2."""
 
 
 class Table:

@@ -242,7 +242,7 @@ def test_the_kl_starts_at_zero_and_holds_the_policy_back(policy, settings, batch
     drift = {}
     for beta in (0.0, 1.0):
         learner = Learner(policy(), settings(beta=beta, num_iterations=1), reference=policy())
-        drift[beta] = [learner.step(groups)["kl"] for _ in range(8)]
+        drift[beta] = [learner.step(groups)["kl"] for _ in range(4)]
         assert abs(drift[beta][0]) < 1e-6
     assert 0 < drift[1.0][-1] < drift[0.0][-1]
     with pytest.raises(ValueError, match=r"beta = 0\.1"):
@@ -289,17 +289,17 @@ def test_checkpointed_layers_give_the_same_update(policy, settings, batch) -> No
 
 
 def test_small_updates_add_up_in_bfloat16(policy, settings, batch) -> None:
-    grpo = settings(learning_rate=1e-5, adam_epsilon=1e-8)
+    grpo = settings(learning_rate=1e-4, adam_epsilon=1e-8)
     learner = Learner(policy().bfloat16(), grpo)
     groups = batch(policy())
-    for _ in range(30):
+    for _ in range(8):
         metrics = learner.step(groups)
     assert metrics["nonfinite"] == 0
     norm = learner.weights()["model.norm.weight"]
     state = learner.state_dict()["optimizer"]["masters"]
     assert norm.dtype == torch.bfloat16
     assert len(state) == len(list(learner.model.parameters()))
-    assert any(1e-4 < float((m - 1).abs().max()) < 1e-3 for m in state if m.shape == norm.shape)
+    assert any(1e-4 < float((m - 1).abs().max()) < 2e-3 for m in state if m.shape == norm.shape)
 
 
 def test_malformed_batches_are_refused(policy, settings, batch) -> None:
