@@ -25,7 +25,6 @@ _NAMES = [
         (r"\\(?:neq|not\s*=)(?![A-Za-z])|≠|!=", r"\\ne "),
         (r"\\lt(?![A-Za-z])\s?", "<"),
         (r"\\gt(?![A-Za-z])\s?", ">"),
-        (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree|°|º", ""),
         (r"\\%|％", "%"),
         (r"\\(?:lbrace|\{)", r"\\{"),
         (r"\\(?:rbrace|\})", r"\\}"),
@@ -46,11 +45,18 @@ _NAMES = [
         (r"³", "^3"),
         (r"⁴", "^4"),
         (r"\\(?:bmatrix|vmatrix)", r"\\pmatrix"),
-        (r"\{\s*([^{}]+?)\s*\\(?:over|choose)(?![A-Za-z])\s*([^{}]+?)\s*\}", None),
+        (r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}", r"\\frac{\1}{\2}"),
+        (r"\{([^{}]+)\\choose(?![A-Za-z])([^{}]+)\}", r"\\binom{\1}{\2}"),
+        (r"\\(?:text)?\{([0-9A-Z]+)\}(?=\s*_)", r"\1"),
+        (r"^([^:]*[^:\s])\s*:\s*(?=[1-9(])([^:]*)$", r"\\frac{\1}{\2}"),
         (r"\*\*(?=\s*[\d{(-])", "^"),
     )
-    if replacement is not None
 ]
+_DEGREE = re.compile(
+    r"\s*(?:\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))|\\degree|°|º)"
+)
+_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 _SEPARATOR = re.compile(
     r"\s*,?\s*(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|\b(?:and|or)\b)\s*|\s*;\s*"
 )
@@ -61,14 +67,15 @@ _RELATION = re.compile(
     r"(\\(?:le|ge|ne|in|notin|approx|equiv|sim|cong|simeq|propto|subset|subseteq|to|rightarrow|"
     r"Rightarrow|implies|iff)(?![A-Za-z])|[=<>≈≡])"
 )
-_WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]{2,})")
+_WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z]{3,}(?:[' -][A-Za-z]{2,})*)")
 _CHOICE = re.compile(r"\\text\{\s*\(?([A-Za-z])\)?\s*\}|\(\s*(?:\\text\{)?([A-Z])\}?\s*\)|([A-Z])")
-_BASE = re.compile(r"([0-9A-Z]+)\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
+_BASE = re.compile(r"([+-]?[0-9A-Z]*\d[0-9A-Z]*)\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _PREFIX = re.compile(
     r"^\\text\{\s*(?:the )?(?:final )?(?:answer|choice|option)?\s*(?:is|:)?\s*\}\s*:?",
     re.IGNORECASE,
 )
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
 _OPEN = {"(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "\\begin"}
 _CLOSE = {")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\end"}
 _PIECE = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -88,15 +95,25 @@ class Answer(NamedTuple):
 def read_answer(latex: str) -> Answer:
     """Parse an answer; whatever is nothing else is a leaf."""
     text = plain_latex(latex)
+    text = _DEGREE.sub(r"\\frac{\\pi}{180}" if _ANGLE.search(text) else "", text)
+    text = _REPEATING.sub(_repeating, text)
     for pattern, replacement in _NAMES:
         text = pattern.sub(replacement, text)
     text = _PREFIX.sub("", text.strip()).strip().rstrip(".,;: ").strip()
     return _read(text, top=True)
 
 
+def _repeating(number: re.Match[str]) -> str:
+    """A repeating decimal as a fraction."""
+    whole, fixed, period = number.groups()
+    value = int(whole + fixed + period) - int(whole + fixed or "0")
+    return rf"\frac{{{value}}}{{{'9' * len(period) + '0' * len(fixed)}}}"
+
+
 def squashed(text: str) -> str:
     """Text for literal comparison: no spaces, no needless braces around one character."""
-    return re.sub(r"(?<![A-Za-z])\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+    text = re.sub(r"\s+", "", _BETWEEN_DIGITS.sub("_", text))
+    return re.sub(r"(?<![A-Za-z])\{(\w)\}", r"\1", text)
 
 
 def words_of(text: str) -> str:
@@ -106,14 +123,18 @@ def words_of(text: str) -> str:
 
 def _read(text: str, *, top: bool = False) -> Answer:
     text = text.strip()
+    while (inside := _enclosed(text)) and inside[0] == "{":
+        text = inside[1]
     if matrix := _MATRIX.fullmatch(text):
         return _read_matrix(text, matrix)
     if choice := _CHOICE.fullmatch(text):
         return Answer("words", "".join(g or "" for g in choice.groups()).casefold())
     if words := _WORDS.fullmatch(text):
         said = words.group(1) or words.group(2) or ""
-        if not (top and _SEPARATOR.search(said)) and not re.search(r"\d\s*,", said):
-            return Answer("words", words_of(said))
+        parts = [part for part in re.split(r"\s*(?:,|;|\band\b|\bor\b)\s*", said) if part]
+        if top and len(parts) > 1:
+            return _list(text, [f"\\text{{{part}}}" for part in parts])
+        return Answer("words", words_of(said))
     separated = _TEXT_COMMA.sub(r" \1 ", text)
     if top:
         separated = _THOUSANDS.sub(lambda n: n[1] + n[2].replace(",", ""), separated)
@@ -148,6 +169,8 @@ def _read_one(text: str) -> Answer:
         return Answer("union", text, tuple(map(_read, unions)))
     if inside := _enclosed(text):
         start, inner, end = inside
+        if start == "(" and (matrix := _MATRIX.fullmatch(inner)):
+            return _read_matrix(text, matrix)
         items = split(inner, ",")
         if start == "\\{":
             return (
@@ -155,7 +178,7 @@ def _read_one(text: str) -> Answer:
                 if len(items) > 1
                 else Answer("tuple", text, (_read(inner, top=True),), "{}")
             )
-        if len(items) > 1:
+        if len(items) > 1 or start == "[":
             return Answer("tuple", text, tuple(map(_read, items)), start + end)
     if "\\pm" in text or "\\mp" in text:
         plus = text.replace("\\pm", "+").replace("\\mp", "-")
@@ -163,10 +186,9 @@ def _read_one(text: str) -> Answer:
         return Answer("list", text, (_read_one(plus), _read_one(minus)))
     if base := _BASE.fullmatch(text):
         number = base.group(2) or base.group(3)
-        if number != "10" and base.group(1)[0].isdigit():
-            return Answer("base", text, (), f"{base.group(1).lstrip('0')}_{number}")
-        if number == "10" and base.group(1).isdigit():
+        if number == "10":
             return Answer("leaf", base.group(1))
+        return Answer("base", text, (), f"{base.group(1).lstrip('+0')}_{number}")
     return Answer("leaf", text)
 
 
@@ -211,7 +233,7 @@ def _split_relation(text: str) -> list[str]:
 def _enclosed(text: str) -> tuple[str, str, str] | None:
     """Opening bracket, inside and closing bracket, if one pair encloses the whole text."""
     tokens = list(_PIECE.finditer(text))
-    if len(tokens) < 3 or tokens[0].group() not in ("(", "[", "\\{", "\\langle"):
+    if len(tokens) < 3 or tokens[0].group() not in ("(", "[", "{", "\\{", "\\langle"):
         return None
     depth = 0
     for token in tokens:

@@ -28,15 +28,16 @@ def last_box(text: str) -> Box | None:
     Takes `\boxed{..}`, `\boxed {..}`, `\fbox{..}`, `\framebox[w][p]{..}` and `\boxed 7`; escaped
     braces do not count. A command followed by none of these is a mention, not a box.
     """
-    end = len(text)
+    last = {command: text.rfind(command) for command in COMMANDS}
     while True:
-        start, command = max((text.rfind(command, 0, end), command) for command in COMMANDS)
+        command = max(COMMANDS, key=last.__getitem__)
+        start = last[command]
         if start < 0:
             return None
         box = _box_after(text, start + len(command), brackets=command == "\\framebox")
         if box is not None:
             return box
-        end = start
+        last[command] = text.rfind(command, 0, start)
 
 
 def _box_after(text: str, position: int, *, brackets: bool) -> Box | None:

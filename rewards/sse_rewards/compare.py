@@ -17,6 +17,7 @@ LIST_LIMIT = 30
 _SIMPLE_SIDE = re.compile(
     r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?|\([A-Za-z, ]+\)"
 )
+_PLAIN_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?|\.\d+")
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 
 
@@ -111,6 +112,8 @@ def _same_relation(
 
 
 def _leaves(prediction: str, gold: str, oracle: Oracle) -> bool | None:
+    if "\\text" in prediction or "\\text" in gold:
+        return squashed(prediction).casefold() == squashed(gold).casefold()
     if "%" in prediction or "%" in gold:
         return _percentages(prediction, gold, oracle)
     ours, theirs = read_algebra(prediction), read_algebra(gold)
@@ -120,11 +123,11 @@ def _leaves(prediction: str, gold: str, oracle: Oracle) -> bool | None:
 
 
 def _percentages(prediction: str, gold: str, oracle: Oracle) -> bool | None:
-    """25% is a quarter; where one side has no sign, it may also have been left out."""
+    """25% is a quarter; a plain number, and the gold's own sign, may also do without it."""
     p, g = prediction.rstrip(" %"), gold.rstrip(" %")
     if "%" in p or "%" in g:
         return False
-    bare = _leaves(p, g, oracle)
+    bare = _leaves(p, g, oracle) if "%" in gold or _PLAIN_NUMBER.fullmatch(g) else False
     if bare or ("%" in prediction and "%" in gold):
         return bare
     p = f"\\frac{{{p}}}{{100}}" if "%" in prediction else p

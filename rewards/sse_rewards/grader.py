@@ -10,8 +10,8 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
-from .box import last_box
 from .answer import Answer, read_answer, squashed
+from .box import last_box
 from .compare import equal
 from .guard import danger
 from .integer import read_integer
@@ -138,7 +138,8 @@ def read_gold(answer: str, kind: str) -> Gold:
         return Gold(text, Decimal(plain.group(1)), True, None)
     if text.count("{") != text.count("}"):
         return _bad(f"unbalanced braces: {text!r}")
-    return Gold(text, read_integer(text), False, read_answer(text))
+    number = plain.group(1) if plain else None
+    return Gold(text, None if number is None else Decimal(number), False, read_answer(text))
 
 
 def _path(kind: str) -> Kind | None:

@@ -11,8 +11,9 @@ POLYNOMIAL_LIMIT = 50
 FACTORIAL_LIMIT = 2_000
 BINOMIAL_LIMIT = 10_000
 DEPTH_LIMIT = 50
+BAR_LIMIT = 20
 _SERIES = re.compile(r"\\(?:sum|prod|coprod|o?i{0,3}nt|lim|limsup|liminf)(?![A-Za-z])|[∑∏∫]")
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"\d+(?:\s*\^\s*\{?\d+)?")
 _BINOMIAL = re.compile(r"\\[dt]?binom|\\choose(?![A-Za-z])|\\brack(?![A-Za-z])")
 
 
@@ -26,10 +27,10 @@ def danger(prediction: str, gold: str) -> str:
         return reason
     if "^" in prediction and (reason := _powers(prediction)):
         return reason
-    if _BINOMIAL.search(prediction) and any(
-        float(n.replace(",", "")) > BINOMIAL_LIMIT for n in _NUMBER.findall(prediction)
-    ):
+    if _BINOMIAL.search(prediction) and _large(prediction, BINOMIAL_LIMIT):
         return f"a binomial above {BINOMIAL_LIMIT}"
+    if prediction.count("|") > BAR_LIMIT:
+        return f"more than {BAR_LIMIT} bars"
     return ""
 
 
@@ -39,6 +40,16 @@ def _depth(text: str) -> int:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return deepest
+
+
+def _large(text: str, limit: int) -> bool:
+    """Whether a number of the text, powers of numbers included, is above the limit."""
+    for found in _NUMBER.finditer(text):
+        base, _, exponent = re.sub(r"[\s{]", "", found.group()).partition("^")
+        size = len(base) * int(exponent[:6]) if exponent else len(base)
+        if size > 12 or int(base) ** int(exponent or 1) > limit:
+            return True
+    return False
 
 
 def _factorials(text: str) -> str:

@@ -94,9 +94,19 @@ def _unwrapped(text: str) -> str:
     while True:
         if text.startswith("\\text{") and text.endswith("}") and "{" not in text[6:]:
             text = text[6:-1].strip()
-        elif text[:1] + text[-1:] in ("{}", "()") and not re.search(r"[{}()]", text[1:-1]):
+        elif text[:1] + text[-1:] in ("{}", "()") and _encloses(text):
             text = text[1:-1].strip()
         elif len(text) > 4 and text.startswith("**") and text.endswith("**"):
             text = text[2:-2].strip()
         else:
             return text
+
+
+def _encloses(text: str) -> bool:
+    """Whether the first bracket closes with the last character."""
+    depth = 0
+    for character in text[:-1]:
+        depth += (character in "({") - (character in ")}")
+        if depth == 0:
+            return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -26,12 +27,34 @@ SLOW_PLACES = 2
 """Slow checks that may go on beside the normal ones, a worker."""
 START_LIMIT = 30.0
 RSS_LIMIT = 500 << 20
-COUNTED = ("started", "checks", "timeouts", "crashes", "kills", "recycled")
+COUNTED = ("started", "checks", "kills", "crashes", "recycled")
 
 
 class Verdict(NamedTuple):
     status: Status
     reason: str
+    ms: float = 0.0
+    """Wall time of the check, without waiting for it."""
+
+
+_CLOSED = Verdict("error", "the reward pool was closed")
+
+
+class Job:
+    """A question on its way, shared by all who ask it meanwhile."""
+
+    def __init__(self, question: Question, patience: float) -> None:
+        self.question = question
+        self.verdict: Future[Verdict] = Future()
+        self.patience = patience
+        """Seconds after which a verdict cannot come any more."""
+        self.askers = 1
+
+    def withdraw(self) -> None:
+        """One asker gives up; a check that nobody waits for is not begun."""
+        self.askers -= 1
+        if self.askers == 0:
+            self.verdict.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -39,11 +62,15 @@ class _Worker:
     process_id: int
     socket: socket.socket
     checks: int = 0
-    question: Question | None = None
-    answer: Future[Verdict] | None = None
+    job: Job | None = None
     began: float = 0.0
     slow: bool = False
     received: bytearray = field(default_factory=bytearray)
+
+    def give_way(self) -> None:
+        """Lower the priority of a slow check."""
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.process_id, 19)
 
 
 class Manager:
@@ -54,8 +81,8 @@ class Manager:
         self._places = workers
         self._time_limit = time_limit
         self._recycle_after = recycle_after
-        self._waiting: deque[tuple[Question, Future[Verdict]]] = deque()
-        self._asked: dict[Question, Future[Verdict]] = {}
+        self._waiting: deque[Job] = deque()
+        self._asked: dict[Question, Job] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._workers: set[_Worker] = set()
@@ -72,21 +99,39 @@ class Manager:
     def no_counts() -> Counter[str]:
         return Counter(dict.fromkeys(COUNTED, 0))
 
-    def submit(self, question: Question) -> Future[Verdict]:
-        """A future verdict; the same question asked twice meanwhile is checked once."""
+    def submit(self, question: Question) -> Job:
+        """A job for the question; the same question asked twice meanwhile is one job."""
         with self._lock:
-            if (asked := self._asked.get(question)) and not asked.cancelled():
-                return asked
-            answer: Future[Verdict] = Future()
-            self._asked[question] = answer
-            self._waiting.append((question, answer))
+            if self._closing:
+                job = Job(question, 0.0)
+                job.verdict.set_result(_CLOSED)
+                return job
+            job = self._asked.get(question)
+            if job and not job.verdict.cancelled():
+                job.askers += 1
+                return job
+            patience = START_LIMIT + (len(self._asked) + 3) * self._time_limit
+            job = self._asked[question] = Job(question, patience)
+            self._waiting.append(job)
         self._wake()
-        return answer
+        return job
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def close(self) -> None:
         self._closing = True
         self._wake()
         self._thread.join(5.0)
+
+    def abandon(self) -> None:
+        """Drop the sockets in a forked process, so that the workers still notice their owner's
+        death; nothing is killed."""
+        for worker in self._workers:
+            worker.socket.close()
+        if self._nursery:
+            self._nursery.abandon()
 
     def _wake(self) -> None:
         try:
@@ -100,8 +145,9 @@ class Manager:
                 try:
                     self._feed()
                 except (OSError, RuntimeError, ValueError) as failure:
-                    self._replace_nursery()
-                    self._fail_one(f"no reward worker could be started: {failure}")
+                    why = Verdict("error", f"no reward worker could be started: {failure}")
+                    self._lose_workers(why)
+                    self._fail_one(why)
                 for key, _ in self._selector.select(self._next_event()):
                     if key.data is None:
                         self._silence_bell()
@@ -112,23 +158,25 @@ class Manager:
             self._shut_down()
 
     def _feed(self) -> None:
-        """Give waiting questions to free workers, starting some if there are places."""
+        """Give waiting questions to free workers, starting some if there are places, and one
+        ahead of need."""
+        if not self._workers:
+            self._start()
         while self._waiting:
-            busy = [w for w in self._workers if w.question]
+            busy = [w for w in self._workers if w.job]
             slow = sum(w.slow for w in busy)
             if len(busy) - min(slow, SLOW_PLACES * self._places) >= self._places:
                 return
-            worker = next((w for w in self._workers if not w.question), None) or self._start()
+            worker = next((w for w in self._workers if not w.job), None) or self._start()
             with self._lock:
-                question, answer = self._waiting.popleft()
-            if not answer.set_running_or_notify_cancel():
-                self._forget(question, answer)
+                job = self._waiting.popleft()
+            if not job.verdict.set_running_or_notify_cancel():
+                self._forget(job)
                 continue
-            worker.question, worker.answer, worker.slow = question, answer, False
-            worker.began = time.monotonic()
+            worker.job, worker.slow, worker.began = job, False, time.monotonic()
             line = {
-                "prediction": question.prediction,
-                "gold": question.gold,
+                "prediction": job.question.prediction,
+                "gold": job.question.gold,
                 "seconds": self._time_limit,
             }
             try:
@@ -139,7 +187,12 @@ class Manager:
     def _start(self) -> _Worker:
         if self._nursery is None:
             self._nursery = _Nursery()
-        process_id, connection = self._nursery.fork()
+        try:
+            process_id, connection = self._nursery.fork()
+        except (OSError, RuntimeError):
+            self._lose_workers(Verdict("error", "the parent of the reward workers died"))
+            self._nursery = _Nursery()
+            process_id, connection = self._nursery.fork()
         worker = _Worker(process_id, connection)
         self._workers.add(worker)
         self._selector.register(connection, selectors.EVENT_READ, worker)
@@ -150,7 +203,7 @@ class Manager:
         ends = [
             w.began + (self._time_limit if w.slow else min(SLOW, self._time_limit))
             for w in self._workers
-            if w.question
+            if w.job
         ]
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
@@ -182,63 +235,67 @@ class Manager:
     def _watch(self) -> None:
         """Mark slow checks, kill those past the limit."""
         now = time.monotonic()
-        for worker in [w for w in self._workers if w.question]:
+        for worker in [w for w in self._workers if w.job]:
             if now - worker.began >= self._time_limit:
-                self.counts["timeouts"] += 1
+                self.counts["kills"] += 1
                 self._discard(worker)
                 self._settle(worker, Verdict("timeout", f"over {self._time_limit:g} s, killed"))
             elif not worker.slow and now - worker.began >= SLOW:
                 worker.slow = True
+                worker.give_way()
 
     def _crashed(self, worker: _Worker) -> None:
-        self.counts["crashes"] += worker.question is not None
+        self.counts["crashes"] += worker.job is not None
         self._discard(worker)
         self._settle(worker, Verdict("error", "the worker died in this check"))
 
     def _settle(self, worker: _Worker, verdict: Verdict) -> None:
-        if worker.question is None or worker.answer is None:
+        if (job := worker.job) is None:
             return
-        self._forget(worker.question, worker.answer)
+        worker.job = None
+        self._forget(job)
         self.counts["checks"] += 1
-        worker.answer.set_result(verdict)
-        worker.question = worker.answer = None
+        job.verdict.set_result(verdict._replace(ms=(time.monotonic() - worker.began) * 1e3))
 
     def _discard(self, worker: _Worker) -> None:
-        self.counts["kills"] += 1
         self._workers.discard(worker)
         self._selector.unregister(worker.socket)
         worker.socket.close()
         if self._nursery:
             self._nursery.kill(worker.process_id)
 
-    def _fail_one(self, reason: str) -> None:
+    def _fail_one(self, verdict: Verdict) -> None:
         with self._lock:
             if not self._waiting:
                 return
-            question, answer = self._waiting.popleft()
-        self._forget(question, answer)
-        if answer.set_running_or_notify_cancel():
-            answer.set_result(Verdict("error", reason))
+            job = self._waiting.popleft()
+        self._forget(job)
+        if job.verdict.set_running_or_notify_cancel():
+            job.verdict.set_result(verdict)
         self._wake()
 
-    def _forget(self, question: Question, answer: Future[Verdict]) -> None:
+    def _forget(self, job: Job) -> None:
         with self._lock:
-            if self._asked.get(question) is answer:
-                del self._asked[question]
+            if self._asked.get(job.question) is job:
+                del self._asked[job.question]
 
-    def _replace_nursery(self) -> None:
+    def _lose_workers(self, why: Verdict) -> None:
+        for worker in list(self._workers):
+            self._discard(worker)
+            self._settle(worker, why)
         if self._nursery:
             self._nursery.close()
             self._nursery = None
 
     def _shut_down(self) -> None:
-        self._closing = True
-        for worker in list(self._workers):
-            self._discard(worker)
-            self._settle(worker, Verdict("error", "the reward pool was closed"))
+        with self._lock:
+            self._closing = True
+        self._lose_workers(_CLOSED)
         while self._waiting:
-            self._fail_one("the reward pool was closed")
-        self._replace_nursery()
+            self._fail_one(_CLOSED)
+        self._selector.close()
+        self._bell.close()
+        self._ring.close()
 
 
 def _verdict(reply: dict[str, object]) -> Verdict:
@@ -285,7 +342,11 @@ class _Nursery:
         except OSError:
             return
 
+    def abandon(self) -> None:
+        self._socket.close()
+
     def close(self) -> None:
+        """End the process and with it every worker it forked."""
         self._socket.close()
         try:
             self._process.wait(1.0)

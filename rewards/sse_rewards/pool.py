@@ -10,21 +10,24 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 from .grader import Question, judge
-from .manager import Manager, Verdict
+from .manager import Job, Manager, Verdict
 from .result import Kind, Result
 from .telemetry import Telemetry
 
 CACHE_SIZE = 20_000
-START_LIMIT = 30.0
-"""Seconds that the first worker may take to import math-verify."""
+_MATHEMATICS = ("text", "exact", "guard")
+"""Stages that show that mathematics is being graded: workers are then started ahead of need."""
+
+
+_pools: weakref.WeakSet[RewardPool] = weakref.WeakSet()
 
 
 class Item(NamedTuple):
@@ -35,11 +38,18 @@ class Item(NamedTuple):
     kind: Kind = "auto"
 
 
+class _Check(NamedTuple):
+    question: Question
+    job: Job | Verdict
+    ms: float
+    """Time spent before the question was asked."""
+
+
 class RewardPool:
     """Grades answers with up to `workers` symbolic checks at a time, each under `time_limit`
     seconds of wall time, after which its process is killed.
 
-    Processes start with the first answer that needs one. Use it from any thread; in an event loop
+    Processes start when the first mathematical gold is seen. Use it from any thread; in an event loop
     through `asyncio.to_thread` if the loop should go on meanwhile.
 
     Args:
@@ -62,18 +72,14 @@ class RewardPool:
         self._lock = threading.Lock()
         self._cache: OrderedDict[Question, Verdict] = OrderedDict()
         self._manager: Manager | None = None
-        self._process = os.getpid()
         self._closed = False
+        _pools.add(self)
 
     def score(
         self, completion: str, answer: str, kind: Kind = "auto", *, lenient: bool = False
     ) -> Result:
         """Grade one answer; never raises, returns within the time limit and a little."""
-        started = time.perf_counter()
-        judged = judge(completion, answer, kind, lenient=lenient)
-        if isinstance(judged, Question):
-            judged = self._finish(judged, self._ask(judged), time.monotonic() + self._patience())
-        return self._record(completion, answer, judged, started)
+        return self.score_batch([(completion, answer, kind)], lenient=lenient)[0]
 
     def score_batch(
         self,
@@ -87,26 +93,20 @@ class RewardPool:
         Args:
             deadline: seconds for the whole batch; what is undecided then is a `timeout`.
         """
-        begun = time.monotonic()
-        until = begun + (self._patience() if deadline is None else deadline)
-        open_checks: list[tuple[int, str, str, Question, Future[Verdict], float]] = []
-        results: list[Result | None] = []
-        for index, item in enumerate(items):
-            completion, answer, kind = Item(*item)  # pyright: ignore[reportArgumentType]
+        until = None if deadline is None else time.monotonic() + deadline
+        graded: list[tuple[Item, Result | _Check]] = []
+        for fields in items:
+            item = Item(*fields)  # pyright: ignore[reportArgumentType]
             started = time.perf_counter()
-            judged = judge(completion, answer, kind, lenient=lenient)
+            judged = judge(*item, lenient=lenient)
+            ms = (time.perf_counter() - started) * 1e3
             if isinstance(judged, Question):
-                check = self._ask(judged)
-                open_checks.append((index, completion, answer, judged, check, started))
-                results.append(None)
+                graded.append((item, _Check(judged, self._ask(judged), ms)))
             else:
-                results.append(self._record(completion, answer, judged, started))
-        if deadline is None:
-            until += len(open_checks) * self.time_limit
-        for index, completion, answer, question, check, started in open_checks:
-            result = self._finish(question, check, until)
-            results[index] = self._record(completion, answer, result, started)
-        return [result for result in results if result is not None]
+                graded.append((item, replace(judged, ms=ms)))
+                if judged.stage in _MATHEMATICS and self._manager is None:
+                    self._running_manager()
+        return [self._recorded(item, result, until) for item, result in graded]
 
     def stats(self) -> dict[str, Any]:
         """Telemetry's summary, with the processes' `kills`, `timeouts`, `crashes`, `recycled`."""
@@ -120,7 +120,7 @@ class RewardPool:
         with self._lock:
             self._closed = True
             manager, self._manager = self._manager, None
-        if manager and self._process == os.getpid():
+        if manager:
             manager.close()
 
     def __enter__(self) -> Self:
@@ -129,42 +129,55 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _patience(self) -> float:
-        return START_LIMIT + 2 * self.time_limit
+    def _recorded(self, item: Item, graded: Result | _Check, until: float | None) -> Result:
+        result = graded if isinstance(graded, Result) else self._answered(graded, until)
+        self._telemetry.record(item.completion, item.answer, result)
+        return result
 
-    def _ask(self, question: Question) -> Future[Verdict]:
-        with self._lock:
-            if known := self._cache.get(question):
-                self._cache.move_to_end(question)
-                done: Future[Verdict] = Future()
-                done.set_result(known)
-                return done
-            if self._closed:
-                done = Future()
-                done.set_result(Verdict("error", "the reward pool is closed"))
-                return done
-            if self._manager is None or self._process != os.getpid():
-                self._process = os.getpid()
-                self._manager = Manager(self.workers, self.time_limit, self.recycle_after)
-            return self._manager.submit(question)
-
-    def _finish(self, question: Question, check: Future[Verdict], until: float) -> Result:
+    def _answered(self, check: _Check, until: float | None) -> Result:
+        question, job, ms = check
+        if isinstance(job, Verdict):
+            return replace(question.result(job.status, job.reason, "symbolic"), ms=ms)
+        waiting = time.monotonic()
+        patience = job.patience if until is None else max(0.0, until - waiting)
         try:
-            verdict = check.result(max(0.0, until - time.monotonic()))
+            verdict = job.verdict.result(patience)
         except FutureTimeout:
-            check.cancel()
-            return question.result("timeout", "not reached before the deadline", "deadline")
+            job.withdraw()
+            ms += (time.monotonic() - waiting) * 1e3
+            late = question.result("timeout", "not reached before the deadline", "deadline")
+            return replace(late, ms=ms)
         if verdict.status in ("correct", "wrong", "unparseable"):
             with self._lock:
                 self._cache[question] = verdict
                 if len(self._cache) > CACHE_SIZE:
                     self._cache.popitem(last=False)
-        return question.result(verdict.status, verdict.reason, "symbolic")
+        result = question.result(verdict.status, verdict.reason, "symbolic")
+        return replace(result, ms=ms + verdict.ms)
 
-    def _record(self, completion: str, answer: str, result: Result, started: float) -> Result:
-        result = replace(result, ms=(time.perf_counter() - started) * 1e3)
-        self._telemetry.record(completion, answer, result)
-        return result
+    def _ask(self, question: Question) -> Job | Verdict:
+        with self._lock:
+            if known := self._cache.get(question):
+                self._cache.move_to_end(question)
+                return known
+        manager = self._running_manager()
+        if manager is None:
+            return Verdict("error", "the reward pool is closed")
+        return manager.submit(question)
+
+    def _running_manager(self) -> Manager | None:
+        with self._lock:
+            if not self._closed and not (self._manager and self._manager.alive):
+                self._manager = Manager(self.workers, self.time_limit, self.recycle_after)
+            return self._manager
+
+    def _after_fork(self) -> None:
+        """A forked process has no manager thread: start over, leave the parent's workers alone."""
+        self._lock = threading.Lock()
+        self._telemetry = Telemetry()
+        if self._manager:
+            self._manager.abandon()
+            self._manager = None
 
 
 _default: RewardPool | None = None
@@ -172,20 +185,22 @@ _default_lock = threading.Lock()
 
 
 def default_pool() -> RewardPool:
-    """The process's own pool, made when first asked for; a forked process gets a new one."""
+    """The process's own pool, made when first asked for."""
     global _default
     with _default_lock:
-        if _default is None or _default._process != os.getpid():
+        if _default is None:
             _default = RewardPool()
         return _default
 
 
-def _forget_after_fork() -> None:
-    global _default, _default_lock
-    _default, _default_lock = None, threading.Lock()
+def _after_fork() -> None:
+    global _default_lock
+    _default_lock = threading.Lock()
+    for pool in list(_pools):
+        pool._after_fork()
 
 
-os.register_at_fork(after_in_child=_forget_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def score(completion: str, answer: str, kind: Kind = "auto", *, lenient: bool = False) -> Result:

@@ -52,7 +52,7 @@ _STYLES = (
 _DROP = re.compile(rf"\\(?:{_SIZES}|{_STYLES})(?![A-Za-z])\s*")
 _ARGUMENT_DROP = re.compile(
     r"\\(?:color|hspace|vspace|phantom|hphantom|vphantom|label|tag|kern|mskip)\*?\s*"
-    r"(?:\[[^\[\]]*\])?\s*\{[^{}]*\}|\\color\s+[A-Za-z]+\b"
+    r"(?:\[[^\[\]]*\])?\s*\{[^{}]*\}|\\color\s+[A-Za-z]+\b|\\phantom\s*[^\s{]"
 )
 _FONTS = re.compile(
     r"\\(?:mathbf|mathit|mathsf|mathtt|mathnormal|mathop|mathord|boldsymbol|bm|pmb|emph|underline|"
@@ -67,6 +67,8 @@ _TEXT_OF_NO_WORD = re.compile(r"\\text(\{\s*[^{}A-Za-z]*(?:[a-fijkn-rt-z]\s*)?[^
 _SPACES = re.compile(
     r"(\\\\)|\\(?:[,;:>\s()\[\]$]|(?:quad|qquad|enspace|thinspace|medspace|space)(?![A-Za-z]))|[~$]"
 )
+_CLOSE_UP = re.compile(r"\\!\s*")
+_LONE_BACKSLASH = re.compile(r"(?<!\\)\\$")
 _BIG = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?")
 
 
@@ -79,8 +81,8 @@ def plain_latex(text: str) -> str:
     if "\\" not in text and "$" not in text and "~" not in text and "{" not in text:
         return text.strip()
     text = _ARGUMENT_DROP.sub(" ", text)
-    text = text.replace("\\!", "").replace("{,}", ",").replace("{}", "")
+    text = _CLOSE_UP.sub("", text).replace("{,}", ",").replace("{}", "")
     text = _SPACES.sub(lambda found: found.group(1) or " ", text)
     text = _FONTS.sub("", _DROP.sub("", text))
     text = _TEXT_OF_NO_WORD.sub(r"\1", _TEXTS.sub(r"\\text", text))
-    return _BIG.sub("", text).strip()
+    return _LONE_BACKSLASH.sub("", _BIG.sub("", text).strip()).strip()

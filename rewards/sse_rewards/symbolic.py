@@ -1,7 +1,7 @@
-"""The last stage: are two LaTeX answers the same mathematics? Runs in worker processes only.
+"""The last stage: are two LaTeX expressions the same mathematics? Runs in worker processes only.
 
 math-verify's grammar reads the text (never `sympify`, `parse_expr` or `eval`); equality is decided
-here, exactly and relatively, because math-verify's own comparison is absolute to 1e-15 and
+here, at points and relatively, because math-verify's own comparison is absolute to 1e-15 and
 takes 0.333333 for 1/3.
 """
 
@@ -12,37 +12,33 @@ import re
 
 import sympy
 from math_verify import LatexExtractionConfig, parse
-from sympy.core.relational import Relational
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 _LATEX_ONLY = [LatexExtractionConfig(boxed_match_priority=0)]
-_DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])")
+_DECIMAL = re.compile(r"(?<![\\w.])(\d*)\.(\d+)(?![\d.])")
+_MISREAD = re.compile(r"\d\s+\d|[\d)}\]]\s*_|'|\\dots|\\ldots|\\cdots|\\text|\\neg|\\not|:|;|\?")
+"""What the grammar reads as something else: `2 3` as 5, `1_2` as 1, `x'` as x."""
+_NAME = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 _DIGITS = 60
 _CLOSE = sympy.Float(10) ** -40
-_POINTS = (
-    (sympy.Rational(17, 23), sympy.Rational(5, 41)),
-    (sympy.Rational(29, 19), sympy.Rational(7, 43)),
-    (sympy.Rational(-31, 37), sympy.Rational(-3, 47)),
-)
+_POINTS = ((17, 23, 5, 41), (29, 19, 7, 43), (-31, 37, -3, 47))
 
 
 def same_mathematics(prediction: str, gold: str) -> bool | None:
-    """Whether two expressions are identical wherever both are defined; None if either cannot be
-    read, or is not an expression."""
+    """Whether two expressions agree wherever both are defined; None if either cannot be read, or
+    is no expression. Their letters must be the same, for the grammar ignores case."""
+    if _MISREAD.search(prediction) or _MISREAD.search(gold):
+        return None
+    if _letters(prediction) != _letters(gold):
+        return None
     ours, theirs = _read(f"\\boxed{{{_exact(prediction)}}}"), _read(f"${_exact(gold)}$")
     if ours is None or theirs is None:
         return None
-    if ours == theirs:
-        return True
-    if isinstance(ours, Relational) or isinstance(theirs, Relational):
-        return None
-    if isinstance(ours, sympy.MatrixBase) and isinstance(theirs, sympy.MatrixBase):
-        return ours.shape == theirs.shape and all(
-            _identical(a, b) for a, b in zip(ours, theirs, strict=True)
-        )
-    if not isinstance(ours, sympy.Expr) or not isinstance(theirs, sympy.Expr):
-        return None
     return _identical(ours, theirs)
+
+
+def _letters(latex: str) -> set[str]:
+    return {name for name in _NAME.findall(latex) if len(name) == 1 and name not in "ei"}
 
 
 def _exact(latex: str) -> str:
@@ -52,24 +48,29 @@ def _exact(latex: str) -> str:
     )
 
 
-def _read(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
+def _read(latex: str) -> sympy.Expr | None:
     read = parse(latex, _LATEX_ONLY, fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-    return read[0] if read and not isinstance(read[0], str) else None
+    if not read or not isinstance(read[0], sympy.Expr):
+        return None
+    names = {name: sympy.Symbol(str(name)) for name in read[0].free_symbols}
+    return read[0].subs(names).subs(sympy.Symbol("i"), sympy.I)
 
 
 def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     """Equal at every test point where both are numbers, to 40 digits, relatively."""
+    if a == b:
+        return True
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     agreed = 0
-    for start, step in _POINTS if names else _POINTS[:1]:
-        at = {name: start + i * step for i, name in enumerate(names)}
+    for p, q, r, s in _POINTS if names else _POINTS[:1]:
+        at = {x: sympy.Rational(p, q) + k * sympy.Rational(r, s) for k, x in enumerate(names)}
         x, y = _number(a, at), _number(b, at)
         if x is None or y is None:
             continue
         if abs(x - y) > _CLOSE * max(abs(x), abs(y)):
-            return bool(sympy.simplify(a - b) == 0) if not (x and y) else False
+            return False if x and y else bool(sympy.simplify(a - b) == 0)
         agreed += 1
-    return True if agreed else (True if sympy.simplify(a - b) == 0 else None)
+    return True if agreed or sympy.simplify(a - b) == 0 else None
 
 
 def _number(expression: sympy.Expr, at: dict[sympy.Symbol, sympy.Rational]) -> sympy.Expr | None:

@@ -45,8 +45,9 @@ def nursery() -> None:
                 os.kill(child, signal.SIGKILL)
             return
         if not sockets:
-            children.discard(int(message))
-            os.waitpid(int(message), 0)
+            if int(message) in children:
+                children.remove(int(message))
+                os.waitpid(int(message), 0)
             continue
         child = os.fork()
         if child == 0:
