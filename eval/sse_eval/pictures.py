@@ -44,7 +44,8 @@ def standing(marks: Sequence[Mark]) -> str:
                 parts.append(
                     f'<line class="{name}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
                 )
-        parts.append(f'<circle class="dot {kind}" cx="{x(mark.score):.1f}" cy="{y}" r="5"/>')
+        dot, radius = ("spot", 2.5) if mark.inner is not None else (kind, 5)
+        parts.append(f'<circle class="dot {dot}" cx="{x(mark.score):.1f}" cy="{y}" r="{radius}"/>')
         parts.append(
             f'<text class="value {kind}" x="{WIDTH - 2}" y="{y + 4}" text-anchor="end">'
             f"{100 * mark.score:.1f}</text>"

@@ -58,8 +58,8 @@ def _score_name(summary: Summary) -> str:
 
 def _intervals(summary: Summary) -> str:
     entries = [
-        ("asked again", summary["ci_sampling"]),
-        ("other problems", summary["ci_bootstrap"]),
+        ("same problems asked again", summary["ci_sampling"]),
+        ("other problems of this kind", summary["ci_bootstrap"]),
     ]
     return "".join(
         f"<dt>{name}</dt><dd>{between(interval)}</dd>" for name, interval in entries if interval
@@ -107,7 +107,7 @@ def _tiles(summary: Summary) -> str:
         tiles.append((f"{median:,.0f}", "tokens, median answer"))
     if speed := summary["perf"].get("tokens_per_s"):
         tiles.append((f"{speed:,.0f}", "tokens a second"))
-    if hours := summary["perf"].get("gpu_hours"):
+    if (hours := summary["perf"].get("gpu_hours", 0)) >= 0.005:
         tiles.append((f"{hours:,.2f}", "GPU hours"))
     return "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in tiles)
 

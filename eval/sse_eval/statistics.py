@@ -71,7 +71,7 @@ def sampling_interval(scores: Scores, *, level: float = 0.95) -> Interval | None
     variance = sum(s.mean() * (1 - s.mean()) / (len(s) - 1) for s in scores) / problems**2
     # No estimate is finer than half of one sample's weight.
     finest = max(1 / len(s) for s in scores) / problems / 2
-    effective = p * (1 - p) / max(variance, finest**2)
+    effective = float(p * (1 - p) / max(variance, finest**2))
     return _wilson(p, max(effective, sum(len(s) for s in scores)), level)
 
 
