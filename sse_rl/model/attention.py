@@ -80,7 +80,7 @@ def _varlen_attention(
 
     bounds = seqs.cu_seqlens.int()
     left = -1 if window is None else window - 1
-    return varlen_attn(
+    o = varlen_attn(
         q,
         k,
         v,
@@ -91,6 +91,8 @@ def _varlen_attention(
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
+    assert isinstance(o, Tensor)
+    return o
 
 
 def _bucketed_attention(
@@ -111,11 +113,12 @@ def _bucketed_attention(
         place = filled + torch.arange(mine.numel(), device=q.device).view(mine.shape)
         of_token[token[mine]] = place[mine]
         filled += mine.numel()
-        batch = (
+        q_rows, k_rows, v_rows = (
             x.index_select(0, token.flatten()).unflatten(0, token.shape).transpose(1, 2)
             for x in (q, k, v)
         )
-        outputs.append(_causal_attention(*batch, window).transpose(1, 2).flatten(0, 1))
+        o = _causal_attention(q_rows, k_rows, v_rows, window)
+        outputs.append(o.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, of_token)
 
 

@@ -37,7 +37,7 @@ class SlotCache:
         device: torch.device | str,
     ) -> None:
         self.page_size = page_size
-        heads, key_width, value_width = config.num_v_heads, config.head_dim, config.value_dim
+        heads, key_width, value_width = config.value_heads, config.head_dim, config.value_dim
         state = (slots, 1 + config.num_sparse_partition, heads, value_width, key_width)
         window = (slots, config.num_heads * key_width, config.conv_size - 1)
         recurrent = len(config.sse_layers)

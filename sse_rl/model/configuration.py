@@ -63,11 +63,15 @@ class SSEConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.num_v_heads is None:
-            self.num_v_heads = self.num_heads
+        self.num_v_heads = self.value_heads
         if self.attn is not None:
             self.attn = self._complete_attn(self.attn)
         self._check()
+
+    @property
+    def value_heads(self) -> int:
+        """Hv."""
+        return self.num_heads if self.num_v_heads is None else self.num_v_heads
 
     @property
     def value_dim(self) -> int:
@@ -120,7 +124,7 @@ class SSEConfig(PretrainedConfig):
         _require(k <= n, f"num_writer = {k}: more than num_sparse_partition = {n}")
         _require(n <= 256, f"num_sparse_partition = {n}: at most 256, routing is kept in a byte")
         _require(
-            self.num_v_heads % self.num_heads == 0,
+            self.value_heads % self.num_heads == 0,
             f"num_v_heads = {self.num_v_heads}: not a multiple of num_heads = {self.num_heads}",
         )
         _require(self.value_dim >= 1, f"expand_v = {self.expand_v}: leaves no value channel")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from sse_kernels import (
@@ -24,6 +28,19 @@ _DECAY_RANK = 16
 _DECAY_TEMPERATURE = 16
 
 
+class Streams(NamedTuple):
+    """Queries, keys and values before their activations."""
+
+    q1: Tensor
+    """[T, H, Dk], as k1: the shared stream."""
+    k1: Tensor
+    q2: Tensor
+    """[T, H, Dk], as k2: the sparse stream."""
+    k2: Tensor
+    v: Tensor
+    """[T, Hv, Dv]"""
+
+
 class SSEMixer(nn.Module):
     """One shared and N sparse states a value head, of which each token reads and writes K.
 
@@ -37,7 +54,7 @@ class SSEMixer(nn.Module):
         self.index = index
         d, rank = config.hidden_size, config.value_dim
         keys = config.num_heads * config.head_dim
-        values = config.num_v_heads * config.value_dim
+        values = config.value_heads * config.value_dim
         self.q_proj = nn.Linear(d, keys, bias=False)
         self.k_proj = nn.Linear(d, keys, bias=False)
         self.v_proj = nn.Linear(d, values, bias=False)
@@ -50,7 +67,7 @@ class SSEMixer(nn.Module):
                 _low_rank(d, _DECAY_RANK, keys, bias=True),
             )
         else:
-            streams = 2 * config.num_v_heads
+            streams = 2 * config.value_heads
             self.a_proj = nn.Linear(d, streams, bias=False)
             self.b_proj = nn.Linear(d, streams, bias=False)
             self.A_log = nn.Parameter(torch.empty(streams))
@@ -76,10 +93,15 @@ class SSEMixer(nn.Module):
         if self.config.use_short_conv:
             q1 = self._convolve(q1, self.q_conv1d_shared.weight, seqs, 0)
             k1 = self._convolve(k1, self.k_conv1d_shared.weight, seqs, 1)
-        v = F.silu(self.v_proj(x)).unflatten(-1, (-1, self.config.value_dim))
-        streams = [t.unflatten(-1, (-1, self.config.head_dim)) for t in (q1, k1, q2, k2)]
+        widths = (self.config.head_dim,) * 4 + (self.config.value_dim,)
+        streams = Streams(
+            *(
+                stream.unflatten(-1, (-1, width))
+                for stream, width in zip((q1, k1, q2, k2, self.v_proj(x)), widths, strict=True)
+            )
+        )
         recur = self._gla if self.config.linear_attn_type == "gla" else self._gdn
-        o = recur(x, *streams, v, routing, seqs)
+        o = recur(x, streams, routing, seqs)
         gate = None
         if self.config.use_output_gate:
             gate = self.g_proj(x).unflatten(-1, (-1, self.config.value_dim))
@@ -95,66 +117,61 @@ class SSEMixer(nn.Module):
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
         if seqs.cache is None:
             return causal_conv(x, weight, cu_seqlens=seqs.cu_seqlens)[0]
+        assert seqs.slots is not None
         window = seqs.cache.conv[self.index][stream]
         if seqs.is_step:
             return causal_conv_step(x, weight, state=window, slots=seqs.slots)
         y, final = causal_conv(
             x, weight, cu_seqlens=seqs.cu_seqlens, initial=window[seqs.slots], output_final=True
         )
+        assert final is not None
         window[seqs.slots] = final.to(window.dtype)
         return y
 
-    def _gla(
-        self,
-        x: Tensor,
-        q1: Tensor,
-        k1: Tensor,
-        q2: Tensor,
-        k2: Tensor,
-        v: Tensor,
-        routing: Routing,
-        seqs: PackedInputs,
-    ) -> Tensor:
-        shared, sparse = self.gk_proj
+    def _gla(self, x: Tensor, streams: Streams, routing: Routing, seqs: PackedInputs) -> Tensor:
+        q1, k1, q2, k2, v = streams
         g1, g2 = (
             F.logsigmoid(low_rank(x).float().view(q1.shape)) / _DECAY_TEMPERATURE
-            for low_rank in (shared, sparse)
+            for low_rank in self.gk_proj
         )
         k1, k2 = (self._classify(k).to(v.dtype) for k in (k1, k2))
-        inputs = (F.silu(q1), k1, F.silu(q2), k2, v, g1, g2, routing)
-        if seqs.is_step:
-            assert seqs.cache is not None
-            return sse_gla_step(*inputs, state=seqs.cache.state[self.index], slots=seqs.slots)
-        o, final = sse_gla(*inputs, cu_seqlens=seqs.cu_seqlens, **self._initial(seqs))
-        self._keep(final, seqs)
-        return o
+        inputs = (F.silu(q1), k1, F.silu(q2), k2, F.silu(v), g1, g2, routing)
+        return self._recur(partial(sse_gla, *inputs), partial(sse_gla_step, *inputs), seqs)
 
-    def _gdn(
-        self,
-        x: Tensor,
-        q1: Tensor,
-        k1: Tensor,
-        q2: Tensor,
-        k2: Tensor,
-        v: Tensor,
-        routing: Routing,
-        seqs: PackedInputs,
-    ) -> Tensor:
+    def _gdn(self, x: Tensor, streams: Streams, routing: Routing, seqs: PackedInputs) -> Tensor:
         beta = _sigmoid(self.b_proj(x).float())
         if self.config.allow_neg_eigval:
             beta = 2 * beta
         g = -self.A_log.float().exp() * _softplus(self.a_proj(x).float() + self.dt_bias.float())
         (g1, g2), (beta1, beta2) = g.chunk(2, -1), beta.chunk(2, -1)
-        inputs = (F.silu(q1), F.silu(k1), F.silu(q2), F.silu(k2), v, g1, beta1, g2, beta2, routing)
+        q1, k1, q2, k2, v = (F.silu(stream) for stream in streams)
+        inputs = (q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing)
         after = self.config.gate_after_norm
-        if seqs.is_step:
-            assert seqs.cache is not None
-            state = seqs.cache.state[self.index]
-            return sse_gdn_step(*inputs, state=state, slots=seqs.slots, gate_after_norm=after)
-        o, final = sse_gdn(
-            *inputs, cu_seqlens=seqs.cu_seqlens, gate_after_norm=after, **self._initial(seqs)
+        return self._recur(
+            partial(sse_gdn, *inputs, gate_after_norm=after),
+            partial(sse_gdn_step, *inputs, gate_after_norm=after),
+            seqs,
         )
-        self._keep(final, seqs)
+
+    def _recur(
+        self,
+        chunk: Callable[..., tuple[Tensor, Tensor | None]],
+        step: Callable[..., Tensor],
+        seqs: PackedInputs,
+    ) -> Tensor:
+        """Outputs [T, Hv, Dv] from the states in the cache, if any, which are brought up to date."""
+        if seqs.cache is None:
+            return chunk(cu_seqlens=seqs.cu_seqlens)[0]
+        state = seqs.cache.state[self.index]
+        if seqs.is_step:
+            return step(state=state, slots=seqs.slots)
+        o, final = chunk(
+            cu_seqlens=seqs.cu_seqlens,
+            initial_state=state[seqs.slots].float(),
+            output_final_state=True,
+        )
+        assert final is not None
+        state[seqs.slots] = final.to(state.dtype)
         return o
 
     def _classify(self, k: Tensor) -> Tensor:
@@ -164,18 +181,6 @@ class SSEMixer(nn.Module):
             order = k.detach().sort(dim=-1, descending=True, stable=True).indices
             k = k.scatter(-1, order[..., self.config.row_topk :], float("-inf"))
         return k.softmax(-1)
-
-    def _initial(self, seqs: PackedInputs) -> dict[str, Tensor | bool]:
-        if seqs.cache is None:
-            return {}
-        state = seqs.cache.state[self.index][seqs.slots].float()
-        return {"initial_state": state, "output_final_state": True}
-
-    def _keep(self, final: Tensor | None, seqs: PackedInputs) -> None:
-        if seqs.cache is not None:
-            assert final is not None
-            state = seqs.cache.state[self.index]
-            state[seqs.slots] = final.to(state.dtype)
 
 
 def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:

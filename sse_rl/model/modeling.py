@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from sse_rl.model.attention import SoftmaxAttention
 from sse_rl.model.balance import load_balance_loss
@@ -21,36 +18,8 @@ from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
 from sse_rl.model.generation import GenerationCache
 from sse_rl.model.mixer import SSEMixer
+from sse_rl.model.outputs import PackedOutput, SSECausalLMOutput, SSEModelOutput
 from sse_rl.model.padding import sequence_starts, unpad
-
-
-class PackedOutput(NamedTuple):
-    """What one pass over a packed row gives."""
-
-    hidden: Tensor
-    """[T, d], after the final norm."""
-    routing_ids: Tensor
-    """[T, L_sse, K] uint8, ascending in each row."""
-    router_probs: list[Tensor]
-    """One [T, N] fp32 a SSE layer."""
-    layers: list[Tensor]
-    """Input of each layer [T, d], if asked for."""
-
-
-@dataclass
-class SSEModelOutput(BaseModelOutputWithPast):
-    aux_loss: Tensor | None = None
-    """Sum of the layers' load-balance losses over the tokens of this call."""
-    routing: Tensor | None = None
-    """[B, L, L_sse, K] uint8, zero where padded."""
-
-
-@dataclass
-class SSECausalLMOutput(CausalLMOutputWithPast):
-    aux_loss: Tensor | None = None
-    """Sum of the layers' load-balance losses over the tokens of this call."""
-    routing: Tensor | None = None
-    """[B, L, L_sse, K] uint8, zero where padded."""
 
 
 class SwiGLU(nn.Module):
@@ -113,13 +82,14 @@ class SSEPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """As transformers' own, but a tensor that does not fit its config is a ValueError."""
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **kwargs,
         )
+        model, info = loaded
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
             message = _explain_mismatch(model.config, sorted(info["mismatched_keys"]))
             raise ValueError(f"{pretrained_model_name_or_path}: {message}")
@@ -178,7 +148,7 @@ class SSEModel(SSEPreTrainedModel):
                 replay = seqs.replay[:, layer.attn.index]
             run = self._checkpointed if self.gradient_checkpointing and self.training else _run
             x, layer_ids, layer_probs = run(layer, x, seqs, replay)
-            if layer_ids is not None:
+            if layer_ids is not None and layer_probs is not None:
                 ids.append(layer_ids.to(torch.uint8))
                 probs.append(layer_probs)
         shape = (x.shape[0], 0, self.config.num_writer)
@@ -186,7 +156,7 @@ class SSEModel(SSEPreTrainedModel):
         return PackedOutput(self.norm(x), routing, probs, kept)
 
     def _checkpointed(
-        self, layer: SSEBlock, x: Tensor, seqs: PackedInputs, replay: Tensor | None
+        self, layer: nn.Module, x: Tensor, seqs: PackedInputs, replay: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Recomputes the layer in the backward pass, with the partitions chosen in the forward."""
         chosen = replay
@@ -339,13 +309,15 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             return_dict=True,
         )
-        hidden = out.last_hidden_state
-        assert hidden is not None
+        hidden, tokens = (
+            out.last_hidden_state,
+            input_ids if inputs_embeds is None else inputs_embeds,
+        )
+        assert hidden is not None and tokens is not None and out.aux_loss is not None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(hidden[:, keep])
         loss = None
         if labels is not None:
-            tokens = input_ids if inputs_embeds is None else inputs_embeds
             starts = sequence_starts(
                 tokens,
                 attention_mask=attention_mask,
@@ -376,7 +348,7 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
 
 
 def _run(
-    layer: SSEBlock, x: Tensor, seqs: PackedInputs, replay: Tensor | None
+    layer: nn.Module, x: Tensor, seqs: PackedInputs, replay: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return layer(x, seqs, replay)
 
