@@ -31,6 +31,8 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, grpo: Grpo) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("no parameter of the model requires a gradient")
         self._masters = [_master(p) for p in self._parameters]
         # norms, biases and decay rates are vectors
         matrices = [m for m in self._masters if m.ndim >= 2]
