@@ -248,7 +248,7 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(args[0])}"
     if origin is dict:
         return "mapping"
-    return {NoneType: "null"}.get(annotation, annotation.__name__)
+    return "null" if annotation is NoneType else str(annotation.__name__)
 
 
 def _differences(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[str]:

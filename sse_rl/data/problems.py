@@ -101,7 +101,7 @@ def _rows(source: Source) -> tuple[str, Iterable[dict[str, Any]]]:
     return source.path or source.dataset or "", _read(source)
 
 
-def _read(source: Source) -> Iterable[dict[str, Any]]:
+def _read(source: Source) -> Iterable[Any]:
     """The rows of a file or hub data set, through `datasets`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError

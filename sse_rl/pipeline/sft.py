@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from sse_rl.data.problems import Problem
 from sse_rl.data.prompts import render, target
@@ -99,18 +100,19 @@ class ColdStartTrainer(SFTTrainer):
     backbone's `aux_loss` is picked up as it passes.
     """
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, model: SSEForCausalLM, **arguments: Any) -> None:
+        super().__init__(model=model, **arguments)
+        self._policy = model
         self.remove_callback(PrinterCallback)
         self._aux: torch.Tensor | None = None
-        self._hook = self.model.base_model.register_forward_hook(self._keep_aux)
+        self._hook = model.model.register_forward_hook(self._keep_aux)
 
     def release(self) -> None:
         """Leave the model as it was before TRL patched it."""
         self._hook.remove()
-        del self.model.forward  # the fused head, an attribute of this instance
-        self.model.gradient_checkpointing_disable()
-        self.model.eval()
+        del self._policy.forward  # the fused head, an attribute of this instance
+        self._policy.gradient_checkpointing_disable()
+        self._policy.eval()
 
     def compute_loss(
         self,
@@ -126,7 +128,7 @@ class ColdStartTrainer(SFTTrainer):
         self._metrics["train"]["aux_loss"].append(aux.item())
         # With num_items_in_batch, Trainer leaves the mean over accumulation steps to the loss.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + self.model.config.aux_loss_coef * aux / steps
+        return loss + self._policy.config.aux_loss_coef * aux / steps
 
     def _keep_aux(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._aux = output.aux_loss
