@@ -159,7 +159,7 @@ class SSEMixer(nn.Module):
         step: Callable[..., Tensor],
         seqs: PackedInputs,
     ) -> Tensor:
-        """Outputs [T, Hv, Dv] from the states in the cache, if any, which are brought up to date."""
+        """Outputs [T, Hv, Dv] from the cache's states, if any, which are advanced."""
         if seqs.cache is None:
             return chunk(cu_seqlens=seqs.cu_seqlens)[0]
         state = seqs.cache.state[self.index]
