@@ -86,12 +86,26 @@ def _devices(findings: Findings) -> None:
         findings.facts[f"gpu {index}"] = (
             f"{device.name}, {_gib(device.total_memory)}, sm_{device.major}{device.minor}"
         )
-    findings.facts["kernels"] = _kernels()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        findings.facts["kernels"] = f"{_serving_form(device)} on {device}"
+    except (RuntimeError, ImportError) as error:
+        findings.facts["kernels"] = f"none on {device}"
+        findings.problems.append(f"the SSE operators fail on {device}: {error}")
 
 
-def _kernels() -> str:
-    """Which form of the operators serves here."""
-    return "torch"
+def _serving_form(device: str) -> str:
+    """`torch` or `triton`: which form of the SSE operators serves a tensor there, found by use."""
+    import torch
+    from sse_kernels import route, sse_gla
+
+    tokens, heads, width, partitions = 64, 1, 64, 2
+    x = torch.randn(tokens, heads, width, device=device)
+    routing = route(torch.randn(tokens, partitions, device=device), 1)
+    ends = torch.tensor([0, tokens], device=device)
+    sse_gla(x, x, x, x, x, -x.abs(), -x.abs(), routing, cu_seqlens=ends)
+    used = any(name.startswith("sse_kernels.") and ".triton_" in name for name in sys.modules)
+    return "triton" if used else "torch"
 
 
 def _cluster(findings: Findings, address: str) -> None:
