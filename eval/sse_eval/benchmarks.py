@@ -102,17 +102,7 @@ def _file_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
 def _from_hub(name: str) -> Benchmark:
     hub = HUB[name]
     data = _download(name, hub)
-    rows = [
-        {
-            "id": str(row[hub.id]) if hub.id else f"{name}-{hub.split}-{index:05}",
-            "problem": row[hub.problem],
-            "answer": str(row["answer"]).rsplit("####", 1)[-1].strip().replace(",", "")
-            if name == "gsm8k"
-            else _whole(row["answer"]),
-            "exam": _exam(str(row.get("url", ""))),
-        }
-        for index, row in enumerate(data)
-    ]
+    rows = [_hub_row(name, hub, index, row) for index, row in enumerate(data)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     return Benchmark(
         name=name,
@@ -121,6 +111,21 @@ def _from_hub(name: str) -> Benchmark:
         revision=_revision(data),
         sha256=hashlib.sha256(lines.encode()).hexdigest(),
     )
+
+
+def _hub_row(name: str, hub: HubSet, index: int, row: dict[str, Any]) -> dict[str, str]:
+    for column in filter(None, (hub.id, hub.problem, "answer")):
+        if column not in row:
+            raise ValueError(f"{hub.path}, row {index}: no column {column!r} but {sorted(row)}")
+    answer = _whole(row["answer"])
+    if name == "gsm8k":  # its answer is the worked solution, and the number after ####
+        answer = answer.rsplit("####", 1)[-1].strip().replace(",", "")
+    return {
+        "id": str(row[hub.id]) if hub.id else f"{name}-{hub.split}-{index:05}",
+        "problem": row[hub.problem],
+        "answer": answer,
+        "exam": _exam(str(row.get("url", ""))),
+    }
 
 
 def _download(name: str, hub: HubSet) -> Any:
