@@ -72,7 +72,8 @@ _CHOICE = re.compile(r"\\text\{\s*\(?([A-Za-z])\)?\s*\}|\(\s*(?:\\text\{)?([A-Z]
 _BASE = re.compile(r"([+-]?[0-9A-Z]*\d[0-9A-Z]*)\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _PREFIX = re.compile(
-    r"^\\text\{\s*(?:the )?(?:final )?(?:answer|choice|option)?\s*(?:is|:)?\s*\}\s*:?",
+    r"^\\text\{\s*(?:the )?(?:final )?(?:answer|choice|option)?\s*(?:is|:)?\s*\}\s*:?"
+    r"|^\\text\{\s*\([A-E]\)\s*\}\s*(?=\S)|[€£¥]",
     re.IGNORECASE,
 )
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
@@ -99,7 +100,7 @@ def read_answer(latex: str) -> Answer:
     text = _REPEATING.sub(_repeating, text)
     for pattern, replacement in _NAMES:
         text = pattern.sub(replacement, text)
-    text = _PREFIX.sub("", text.strip()).strip().rstrip(".,;: ").strip()
+    text = _PREFIX.sub("", text.strip()).strip().rstrip(".,;:\\ ").strip()
     return _read(text, top=True)
 
 

@@ -71,9 +71,9 @@ def _against_relation(prediction: Answer, gold: Answer, oracle: Oracle) -> bool 
     if prediction.shape != "relation":
         return equal(prediction, gold.items[1], oracle) if assigns else False
     theirs = prediction.mark.split()
-    if assigns and set(theirs) == {"="}:
-        if squashed(prediction.items[0].text) == squashed(gold.items[0].text):
-            return equal(prediction.items[-1], gold.items[1], oracle)
+    same_side = squashed(prediction.items[0].text) == squashed(gold.items[0].text)
+    if assigns and same_side and set(theirs) == {"="}:
+        return equal(prediction.items[-1], gold.items[1], oracle)
     if len(theirs) != len(operators):
         return False
     verdicts = [

@@ -63,9 +63,11 @@ def judge(
 
 
 def _judge(completion: str, answer: str, kind: Kind, lenient: bool) -> Result | Question:
-    gold = read_gold(answer if isinstance(answer, str) else str(answer), kind)
-    if gold.problem or answer is None:
-        return Result(None, False, None, "bad_gold", gold.problem or "no answer", "gold")
+    if not isinstance(answer, str | int | float):
+        return Result(None, False, None, "bad_gold", f"no text: {answer!r}"[:200], "gold")
+    gold = read_gold(str(answer), kind)
+    if gold.problem:
+        return Result(None, False, None, "bad_gold", gold.problem, "gold")
     zone = answer_zone(completion)
     if zone.unfinished:
         return _result("unfinished_thinking", "<think> is never closed", "zone", None)
@@ -105,9 +107,9 @@ def _compare(content: str, gold: Gold) -> Result | Question:
         return _result("correct", "the same text", "text", text)
     assert gold.answer is not None
     prediction = read_answer(text)
-    if squashed(prediction.text) == squashed(gold.answer.text):
-        if prediction.shape == gold.answer.shape:
-            return _result("correct", "the same text", "text", text)
+    same = squashed(prediction.text) == squashed(gold.answer.text)
+    if same and prediction.shape == gold.answer.shape:
+        return _result("correct", "the same text", "text", text)
     if reason := danger(prediction.text, gold.answer.text):
         return _result("unparseable", reason, "guard", text)
     verdict = equal(prediction, gold.answer)

@@ -1,4 +1,4 @@
-r"""What no symbolic engine should be asked: towers, huge powers and factorials, series, integrals."""
+"""What no symbolic engine should be asked: towers, huge powers and factorials, series, limits."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def _powers(text: str) -> str:
         if any(len(number) > 5 for number in re.findall(r"\d+", exponent)):
             return f"an exponent above {EXPONENT_LIMIT}"
         base = text[: sign.start()].rstrip()
-        if value is not None and abs(value) > POLYNOMIAL_LIMIT and base[-1:] in ")]}":
-            if re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", base)):
-                return f"a power of a polynomial above {POLYNOMIAL_LIMIT}"
+        letters = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", base))
+        if letters and base[-1] in ")]}" and value is not None and abs(value) > POLYNOMIAL_LIMIT:
+            return f"a power of a polynomial above {POLYNOMIAL_LIMIT}"
     return ""
 
 

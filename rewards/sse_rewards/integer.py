@@ -13,18 +13,19 @@ from .surface import plain_latex
 
 _INTEGER = re.compile(r"([+-]?)\s*(\d{1,12})(\.0+)?")
 _GROUPED = re.compile(r"([+-]?\s*[1-9]\d{0,2})((?:([, ])\d{3})(?:\3\d{3})*)(?![\d,])")
+_DIGIT_GROUP = re.compile(r"\{\s*(\d+)\s*\}")
 _REFUSED = re.compile(
     r"\\(?:n?leq?q?|n?geq?q?|leqslant|geqslant|lt|gt|neq?|not|approx|approxeq|sim|simeq|cong|equiv|"
     r"pm|mp|in|notin|ni|lor|vee|cup|to|rightarrow|Rightarrow|iff|mid|dots|ldots|cdots|"
     r"propto|subset|subseteq|neg|lnot)(?![A-Za-z])"
-    r"|[<>≤≥≠≈±∓≡∈∨∼;]|!=|,|(?<![A-Za-z])(?:or|and|not|nor|either|maybe|between)(?![A-Za-z])"
+    r"|[<>≤≥≠≈±∓≡∈∨∼;]|!=|,|\\\\|(?<![A-Za-z])(?:or|and|not|nor|either|maybe|between)(?![A-Za-z])"
 )
 _MODULUS = re.compile(
     r"\s*(?:\\pmod\s*\{?\s*1000\s*\}?|\(?\s*(?:\\b?mod|\\text\{\s*\(?mod\s*\}|mod)\s*\{?\s*1000\s*\}?"
     r"\s*\)?|\\text\{\s*\(mod 1000\)\s*\})$"
 )
 _CONGRUENT = re.compile(r"^[^=<>]*(?:\\equiv|≡)\s*")
-_BASE_TEN = re.compile(r"_\s*(?:\{\s*(?:10|\\text\{\s*ten\s*\})\s*\}|\\text\{\s*ten\s*\})$")
+_BASE_TEN = re.compile(r"_\s*(?:10|\{\s*(?:10|\\text\{\s*ten\s*\})\s*\}|\\text\{\s*ten\s*\})$")
 _DEGREES = re.compile(
     r"\s*(?:\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ)|\\degree|°|\{\}\^\\circ)\.?$"
 )
@@ -36,22 +37,23 @@ _BARE_UNIT = re.compile(
     r"(?:sq(?:uare|\.)?|cubic) ?[a-z]+))\s*(?:\^\s*\{?\s*[23]\s*\}?|²|³)?\.?$"
 )
 _LEADING_TEXT = re.compile(
-    r"^\\text\{\s*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?(?:answer|result|total|sum|"
-    r"value)?\s*(?:is|equals|=|:)?\s*\}\s*:?",
+    r"^(?:\\text\{\s*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?(?:answer|result|total|"
+    r"sum|value)?\s*(?:is|equals|=|:)?\s*\}|answer)\s*:?|^(?:\\text\{\s*\([A-E]\)\s*\}|\([A-E]\))\s*",
     re.IGNORECASE,
 )
 _NOT_A_UNIT = re.compile(
     r"(?<![a-z])(?:or|and|not|nor|but|if|maybe|about|approx\w*|roughly|possibly|probably|around|"
     r"at|least|most|more|less|than|other|any|mod\w*|base|percent\w*|pct|hundreds?|thousands?|"
     r"millions?|billions?|dozens?|half|halves|thirds?|quarters?|factorial|squared|cubed|times|plus|"
-    r"minus|over|double|twice|to|through|between|wrong|incorrect|false|pi|i)(?![a-z])"
+    r"minus|over|unless|except|never|no|cannot|double|twice|to|through|between|wrong|incorrect|false|pi|i)(?![a-z])"
     r"|[^a-z .,'()/-]"
 )
 
 
 def read_integer(box: str) -> Decimal | None:
     """The whole number that `box` states and nothing else, or None."""
-    text = plain_latex(box).rstrip(" .,;")
+    text = re.sub(r"\s*(?:[.,;]|\\\\)?\s*$", "", plain_latex(box))
+    text = _DIGIT_GROUP.sub(r"\1", text)
     if (found := _INTEGER.fullmatch(text)) is None:
         if (text := _right_side(_LEADING_TEXT.sub("", text))) is None:
             return None
@@ -85,7 +87,7 @@ def _without_unit(text: str) -> str:
             text = text[: unit.start()].rstrip()
         elif not unit and text[:1] in "+-0123456789$({":
             text = _BARE_UNIT.sub("", text)
-        text = text.removeprefix("$").lstrip()
+        text = text.lstrip("$€£¥ ").rstrip("€£¥ ")
     return text
 
 

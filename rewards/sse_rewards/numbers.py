@@ -122,9 +122,9 @@ def power(base: Number, exponent: Number) -> Number:
         if exponent.denominator == 1 and abs(exponent) <= 10_000:
             magnitude = _real_power(absolute(base), exponent)
             return negate(magnitude) if _negative(base) and exponent % 2 else magnitude
-        if isinstance(base, Fraction) and base > 0:
-            if (exact := _exact_power(base, exponent)) is not None:
-                return exact
+        exact = _exact_power(base, exponent) if isinstance(base, Fraction) and base > 0 else None
+        if exact is not None:
+            return exact
     return _real_power(base, exponent)
 
 

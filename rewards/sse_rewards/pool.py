@@ -49,8 +49,8 @@ class RewardPool:
     """Grades answers with up to `workers` symbolic checks at a time, each under `time_limit`
     seconds of wall time, after which its process is killed.
 
-    Processes start when the first mathematical gold is seen. Use it from any thread; in an event loop
-    through `asyncio.to_thread` if the loop should go on meanwhile.
+    Processes start when the first mathematical gold is seen. Use it from any thread; in an event
+    loop through `asyncio.to_thread` if the loop should go on meanwhile.
 
     Args:
         workers: processes for symbolic checks; by default one a core, at most 4.

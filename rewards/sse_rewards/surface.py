@@ -51,8 +51,8 @@ _STYLES = (
 )
 _DROP = re.compile(rf"\\(?:{_SIZES}|{_STYLES})(?![A-Za-z])\s*")
 _ARGUMENT_DROP = re.compile(
-    r"\\(?:color|hspace|vspace|phantom|hphantom|vphantom|label|tag|kern|mskip)\*?\s*"
-    r"(?:\[[^\[\]]*\])?\s*\{[^{}]*\}|\\color\s+[A-Za-z]+\b|\\phantom\s*[^\s{]"
+    r"\\(?:color|hspace|vspace|phantom|hphantom|vphantom|label|tag)\*?\s*"
+    r"(?:\[[^\[\]]*\])?\s*\{(?:[^{}]|\{[^{}]*\})*\}|\\rule\s*\{[^{}]*\}\s*\{[^{}]*\}|\\color\s+[A-Za-z]+\b|\\phantom\s*[^\s{]"
 )
 _FONTS = re.compile(
     r"\\(?:mathbf|mathit|mathsf|mathtt|mathnormal|mathop|mathord|boldsymbol|bm|pmb|emph|underline|"
