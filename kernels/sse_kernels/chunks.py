@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .routing import Routing
+from .rows import gather_rows, scatter_rows
 
 BLOCK = 64
 """No chunk crosses a multiple of this many tokens of its sequence: a prefill may be cut there
@@ -38,11 +39,11 @@ class Chunks:
     def pad(self, x: Tensor) -> Tensor:
         """Rows [P, H, D] as chunks [n, H, size, D], zero where padded."""
         shape = sum(self.levels), x.shape[1], self.size, x.shape[2]
-        return _Scatter.apply(x, self._heads(x.shape[1]), shape)
+        return scatter_rows(x, self._heads(x.shape[1]), shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         """Chunks [n, H, size, D] as rows [P, H, D]."""
-        return _Gather.apply(x, self._heads(x.shape[1]))
+        return gather_rows(x, self._heads(x.shape[1]))
 
     def sweep(
         self,
@@ -108,34 +109,3 @@ def _cut(stream: Tensor, block: Tensor, streams: int, size: int) -> Chunks:
     place = torch.empty_like(index)
     place[order] = chunk * size + offset % size
     return Chunks(place, size, levels.tolist(), by_count)
-
-
-class _Scatter(torch.autograd.Function):
-    """Rows to distinct places among zeros; torch's backward of the inverse would add row by row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(places)
-        rows = x.new_zeros(shape).view(-1, shape[-1])
-        return rows.index_copy_(0, places.flatten(), x.reshape(-1, shape[-1])).view(shape)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return _Gather.apply(grad, places), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """The inverse of `_Scatter`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.shape = x.shape
-        rows = x.reshape(-1, x.shape[-1]).index_select(0, places.flatten())
-        return rows.view(*places.shape, x.shape[-1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return _Scatter.apply(grad, places, ctx.shape), None

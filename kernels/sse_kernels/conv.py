@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .checks import expect, expect_cu_seqlens, expect_float, expect_slots, expect_tensor
 from .dtypes import compute_dtype
+from .rows import gather_rows
 
 
 def causal_conv(
@@ -41,7 +42,7 @@ def causal_conv(
         rows = rows.index_copy(0, before.flatten(), initial.mT.flatten(0, 1).to(dtype))
     rows = rows.index_copy(0, place, x.to(dtype))
     y = _window_sum([rows[i : len(rows) - past + i] for i in range(width)], weight.to(dtype))
-    y = y.index_select(0, place - past).to(x.dtype)
+    y = gather_rows(y, place - past).to(x.dtype)
     if not output_final:
         return y, None
     ends = cu_seqlens[1:] + past * torch.arange(1, batch + 1, device=x.device)

@@ -86,29 +86,32 @@ def _scan(
     keys = k.mT
     solve = _UnitInverse.apply((k @ keys) * between * (beta * strict))
     u = solve @ (beta * v)
-    w = solve @ (beta * down * k)
     scores = (q @ keys) * between
-    k_out = k * between[:, :, -1, :, None]
-    decay = down[:, :, -1, :, None]
+    k_out = k * ((1 - lower) @ g).exp()
+    decay = g.sum(2, keepdim=True).exp()
 
-    fresh = state is None
+    # The first chunk of a stream that starts from nothing has nothing to read or to correct.
+    skipped = sum(chunks.levels[:1]) if state is None else 0
     if state is None:
         state = v.new_zeros(len(chunks.order), v.shape[1], v.shape[3], q.shape[3])
-    us, ws, ks, decays = (x.split(chunks.levels) for x in (u, w, k_out, decay))
+    w = solve[skipped:] @ ((beta * down)[skipped:] * k[skipped:])
+    us, ks, decays = (x.split(chunks.levels) for x in (u, k_out, decay))
+    first = 1 if skipped else 0
+    ws = dict(enumerate(w.split(chunks.levels[first:]), first))
 
     def step(level: int, live: int, state: Tensor) -> Tensor:
-        written = us[level][:live].mT - state @ ws[level][:live].mT
+        written = us[level][:live].mT
+        if level >= first:
+            written = written - state @ ws[level][:live].mT
         return state * decays[level][:live] + written @ ks[level][:live]
 
     before, final = chunks.sweep(step, state, output_final_state)
-    skipped = chunks.levels[0] if fresh and chunks.levels else 0
-    if skipped < len(v):
-        entering = torch.cat(before)[skipped:].mT
-        u = torch.cat([u[:skipped], u[skipped:] - w[skipped:] @ entering])
-        o = scores @ u
-        o = torch.cat([o[:skipped], o[skipped:] + (q * down)[skipped:] @ entering])
-    else:
-        o = scores @ u
+    if skipped == len(v):
+        return chunks.unpad(scores @ u), final
+    entering = torch.cat(before)[skipped:].mT
+    u = torch.cat([u[:skipped], u[skipped:] - w @ entering])
+    o = scores @ u
+    o = torch.cat([o[:skipped], o[skipped:] + (q[skipped:] * down[skipped:]) @ entering])
     return chunks.unpad(o), final
 
 

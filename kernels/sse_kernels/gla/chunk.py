@@ -74,9 +74,9 @@ def _scan(
     v = chunks.pad(v)
     f = _factors(chunks.pad(q), chunks.pad(k), chunks.pad(g))
     o = f.scores @ v
-    skipped = 0
+    # The first chunk of a stream that starts from nothing has nothing to read.
+    skipped = sum(chunks.levels[:1]) if state is None else 0
     if state is None:
-        skipped = chunks.levels[0] if chunks.levels else 0
         state = v.new_zeros(len(chunks.order), v.shape[1], v.shape[3], q.shape[2])
 
     values, keys, decay = (x.split(chunks.levels) for x in (v, f.k_out, f.decay))
@@ -119,7 +119,7 @@ def _fast(q: Tensor, k: Tensor, g: Tensor) -> _Factors:
     """Every decay measured from the start of the chunk."""
     lower = _lower(g)
     down = (lower @ g).exp()
-    decay = down[:, :, -1]
+    decay = g.sum(2).exp()
     q_in, k_in = q * down, k * down.reciprocal()
     return _Factors((q_in @ k_in.mT) * lower, q_in, k_in * decay[:, :, None], decay)
 
