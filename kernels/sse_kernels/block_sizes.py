@@ -32,7 +32,9 @@ _SAFE = {
     "gla_fwd": {16: Blocks(0, 64, 4, 1), 256: Blocks(0, 32, 8, 1)},
     "gla_states": {16: Blocks(64, 64, 4, 1)},
     "gla_dstates": {16: Blocks(0, 64, 4, 1), 256: Blocks(0, 32, 8, 1)},
-    "gla_dqk": {16: Blocks(64, 0, 4, 1), 256: Blocks(64, 0, 8, 1)},
+    "gla_dscores": {16: Blocks(0, 64, 4, 1)},
+    "gla_step": {1: Blocks(0, 16, 4, 1)},
+    "gla_dqk": {16: Blocks(64, 64, 4, 1)},
 }
 """Kernel -> head width from which the entry holds -> launch parameters."""
 

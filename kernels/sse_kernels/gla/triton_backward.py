@@ -22,7 +22,7 @@ from .triton_forward import sum_slots
 from .triton_prepare import Prepared, prepare
 from .triton_shapes import GlaShapes, dot_precision
 from .triton_steep import add_steep_gradients
-from .triton_tiles import load_decays, load_rows, load_weights, references
+from .triton_tiles import load_rows, load_weights
 
 
 def gla_backward(
@@ -38,7 +38,7 @@ def gla_backward(
     q1, k1, q2, k2, v, g1, g2 = tokens
     rows, segments, chunks = plan
     t, k, heads, dk = shapes.tokens, shapes.k, shapes.hv, shapes.dk
-    prepared = prepare(tokens, weights, plan, shapes, transpose=True)
+    prepared = prepare(tokens, weights, plan, shapes, backward=True)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     dv = v.new_empty(1 + k, *v.shape)
     h, dh = (prepared.q.new_empty(len(chunks), heads, dk, shapes.dv) for _ in range(2))
@@ -61,6 +61,13 @@ def gla_backward(
         num_warps=blocks.warps, num_stages=blocks.stages, **common,
     )  # fmt: skip
 
+    dscores = prepared.scores.new_empty(len(chunks), heads, shapes.chunk, shapes.chunk)
+    blocks = block_sizes("gla_dscores", v, dk)
+    gla_dscores_kernel[(len(chunks) * heads,)](
+        v, do, prepared.steep, rows, chunks, dscores, t,
+        BV=min(blocks.v, triton.next_power_of_2(shapes.dv)),
+        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+    )  # fmt: skip
     dq1, dk1 = (q1.new_empty(1, t, heads, dk) for _ in range(2))
     dq2, dk2 = (q1.new_empty(k, t, heads, dk) for _ in range(2))
     dg1, dg2 = (g1.new_empty(s, t, heads, dk, dtype=torch.float32) for s in (1, k))
@@ -68,9 +75,9 @@ def gla_backward(
     block_k = min(blocks.k, dk)
     dw = weights.new_empty(t, k, heads * (dk // block_k), dtype=torch.float32)
     gla_dqk_kernel[(len(chunks) * heads * (dk // block_k),)](
-        prepared.q, prepared.k, prepared.steep, g1, g2, v, do, h, dh, weights, rows, chunks,
-        dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
-        K=k, BK=block_k, BV=triton.next_power_of_2(shapes.dv), SCALE=dk**-0.5,
+        prepared.q, prepared.k, prepared.decays, prepared.scales, dscores, v, do, h, dh,
+        weights, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
+        K=k, BK=block_k, BV=min(blocks.v, triton.next_power_of_2(shapes.dv)), SCALE=dk**-0.5,
         num_warps=blocks.warps, num_stages=blocks.stages, **common,
     )  # fmt: skip
     slots = (dq1, dk1, dq2, dk2, dv, dg1, dg2, dw)
@@ -180,8 +187,34 @@ def gla_dstates_kernel(
 
 
 @triton.jit
+def gla_dscores_kernel(
+    v, do, steep, rows, chunks, dscores, T,
+    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dscores [M, Hv, C, C]: D, zero in steep chunks."""
+    i_h, i_m = tl.program_id(0) % HV, tl.program_id(0) // HV
+    if tl.load(chunks + i_m) < 0:
+        return
+    mask, token, _ = load_rows(rows, i_m, T, C)
+    i_c, i_vd = tl.arange(0, C), tl.arange(0, BV)
+    tile = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+    dtype = dscores.dtype.element_ty
+    d = tl.zeros([C, C], tl.float32)
+    for first in tl.static_range(0, DV, BV):
+        v_mask = mask[:, None] & (first + i_vd < DV)[None, :]
+        b_v = tl.load(v + tile + first, mask=v_mask, other=0.0).to(dtype)
+        b_do = tl.load(do + tile + first, mask=v_mask, other=0.0).to(dtype)
+        d = tl.dot(b_do, tl.trans(b_v), d, input_precision=PRECISION)
+    flat = tl.load(steep + i_m.to(tl.int64) * H + i_h // (HV // H)) == 0
+    d = tl.where((i_c[:, None] >= i_c[None, :]) & flat, d, 0.0)
+    out = dscores + tl.program_id(0).to(tl.int64) * C * C
+    tl.store(out + i_c[:, None] * C + i_c[None, :], d.to(dtype))
+
+
+@triton.jit
 def gla_dqk_kernel(
-    q, k, steep, g1, g2, v, do, states, dstates, weights, rows, chunks,
+    q, k, decays, scales, dscores, v, do, states, dstates, weights, rows, chunks,
     dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALE: tl.constexpr,
@@ -195,53 +228,56 @@ def gla_dqk_kernel(
     i_s = tl.load(chunks + i_m)
     if i_s < 0:
         return
-    g, dq, dk, dg = g1, dq1, dk1, dg1
+    dq, dk, dg = dq1, dk1, dg1
     if i_s >= B:
-        g, dq, dk, dg = g2, dq2, dk2, dg2
+        dq, dk, dg = dq2, dk2, dg2
     row_mask, token, row = load_rows(rows, i_m, T, C)
-    weight, choice, sparse = load_weights(weights, token, row, row_mask, T, K)
-    mask = row_mask[:, None]
     i_c, i_k, i_vd = tl.arange(0, C), i_b * BK + tl.arange(0, BK), tl.arange(0, BV)
-    v_mask = (i_vd < DV)[None, :]
+    state_at = (i_m.to(tl.int64) * HV + i_h) * DK * DV + i_k[:, None] * DV + i_vd[None, :]
+    v_at = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+    dtype = q.dtype.element_ty
+    b_dq = tl.zeros([C, BK], tl.float32)
+    b_dk = tl.zeros([C, BK], tl.float32)
+    h_dh = tl.zeros([BK], tl.float32)
+    for first in range(0, DV, BV):
+        v_mask = (first + i_vd < DV)[None, :]
+        rows_v_mask = row_mask[:, None] & v_mask
+        b_v = tl.load(v + v_at + first, mask=rows_v_mask, other=0.0).to(dtype)
+        b_do = tl.load(do + v_at + first, mask=rows_v_mask, other=0.0).to(dtype)
+        b_h = tl.load(states + state_at + first, mask=v_mask, other=0.0)
+        b_dh = tl.load(dstates + state_at + first, mask=v_mask, other=0.0)
+        b_dq = tl.dot(b_do, tl.trans(b_h), b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(b_dh), b_dk, input_precision=PRECISION)
+        h_dh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), axis=1)
+
     head = i_m.to(tl.int64) * H + i_h // (HV // H)
     tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
-    state_tile = (i_m.to(tl.int64) * HV + i_h) * DK * DV + i_k[:, None] * DV + i_vd[None, :]
-    v_tile = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
-    qk_tile = ((token * H + i_h // (HV // H)) * DK)[:, None] + i_k[None, :]
-    dtype = q.dtype.element_ty
-
-    b_v = tl.load(v + v_tile, mask=mask & v_mask, other=0.0).to(dtype)
-    b_do = tl.load(do + v_tile, mask=mask & v_mask, other=0.0).to(dtype)
-    b_h = tl.load(states + state_tile, mask=v_mask, other=0.0)
-    b_dh = tl.load(dstates + state_tile, mask=v_mask, other=0.0)
     b_q = tl.load(q + tile)
     b_k = tl.load(k + tile)
-    b_g = load_decays(g, qk_tile, mask)
-    total = tl.sum(b_g, axis=0)
-    _, r_q, r_k = references(total, 80.0)
-    flat = tl.load(steep + head) == 0
-    b_d = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    b_d = tl.where((i_c[:, None] >= i_c[None, :]) & flat, b_d, 0.0).to(dtype)
-    b_dt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-    b_dt = tl.where((i_c[:, None] <= i_c[None, :]) & flat, b_dt, 0.0).to(dtype)
-
-    b_dk = tl.dot(b_v, tl.trans(b_dh), input_precision=PRECISION) * tl.exp(total - r_k)[None, :]
-    dg_end = tl.exp(total) * tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), axis=1)
-    dg_end += tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
+    d_at = dscores + (i_m.to(tl.int64) * HV + i_h) * C * C
+    b_d = tl.load(d_at + i_c[:, None] * C + i_c[None, :])
+    b_dt = tl.load(d_at + i_c[:, None] + i_c[None, :] * C)
+    scales_at = scales + head * 3 * DK + i_k
+    into, through, out = (
+        tl.load(scales_at), tl.load(scales_at + DK), tl.load(scales_at + 2 * DK)
+    )  # fmt: skip
+    b_dk *= out[None, :]
+    dg_end = into * through * out * h_dh + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
     b_dk = tl.dot(b_dt, b_q, b_dk, input_precision=PRECISION)
-    b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION) * tl.exp(r_q)[None, :]
-    b_dq = tl.dot(b_d, b_k, b_dq, input_precision=PRECISION)
+    b_dq = tl.dot(b_d, b_k, b_dq * into[None, :], input_precision=PRECISION)
 
     b_qdq, b_kdk = b_q.to(tl.float32) * b_dq, b_k.to(tl.float32) * b_dk
+    weight, choice, sparse = load_weights(weights, token, row, row_mask, T, K)
     # A weight that underflowed to 0 has no gradient behind its softmax either.
     b_dw = tl.where(weight > 0, tl.sum(b_qdq + b_kdk, axis=1) / weight, 0.0)
     tl.store(dw + (choice * HV + i_h) * NK + i_b, b_dw, mask=sparse)
     b_dg = tl.cumsum(b_qdq - b_kdk, axis=0, reverse=True) + dg_end[None, :]
     out_row = tl.where(i_s >= B, row - T, row)
     out_tile = ((out_row * HV + i_h) * DK)[:, None] + i_k[None, :]
+    mask = row_mask[:, None]
     tl.store(dg + out_tile, b_dg, mask=mask)
-    b_sum = tl.cumsum(b_g, axis=0)
-    b_dq *= tl.exp(b_sum - r_q[None, :]) * (weight * SCALE)[:, None]
+    b_decay = tl.load(decays + tile).to(tl.float32)
+    b_dq *= b_decay * (weight * SCALE)[:, None]
     tl.store(dq + out_tile, b_dq.to(dq.dtype.element_ty), mask=mask)
-    b_dk *= tl.exp(r_k[None, :] - b_sum) * weight[:, None]
+    b_dk *= weight[:, None] / b_decay
     tl.store(dk + out_tile, b_dk.to(dk.dtype.element_ty), mask=mask)

@@ -26,11 +26,13 @@ class Prepared(NamedTuple):
     k: Tensor
     """[M, H, C, Dk] k'."""
     scores: Tensor
-    """[M, H, C, C] A, or its transpose; zero in steep chunks."""
+    """[M, H, C, C] A, for the backward pass its transpose; zero in steep chunks."""
     scales: Tensor
     """[M, H, 3, Dk] fp32: e^r_q, e^(r_k - r_q), e^(G_C - r_k)."""
     steep: Tensor
     """[M, H] int8: 1 where the pairs inside the chunk are left to triton_steep."""
+    decays: Tensor
+    """[M, H, C, Dk] e^(G - r_q), 1 in steep channels; for the backward pass only, else empty."""
 
 
 def prepare(
@@ -39,9 +41,9 @@ def prepare(
     plan: tuple[Tensor, Tensor, Tensor],
     shapes: GlaShapes,
     *,
-    transpose: bool,
+    backward: bool,
 ) -> Prepared:
-    """tokens: q1, k1, q2, k2, v, g1, g2, contiguous. transpose: of the scores."""
+    """tokens: q1, k1, q2, k2, v, g1, g2, contiguous."""
     q1, k1, q2, k2, _, g1, g2 = tokens
     rows, _, chunks = plan
     m, h, c, dk = len(chunks), shapes.h, shapes.chunk, shapes.dk
@@ -52,13 +54,14 @@ def prepare(
         q1.new_empty(m, h, c, c, dtype=dtype),
         q1.new_empty(m, h, 3, dk, dtype=torch.float32),
         q1.new_empty(m, h, dtype=torch.int8),
+        q1.new_empty((m, h, c, dk) if backward else 0, dtype=dtype),
     )
     blocks = block_sizes("gla_prepare", q1, dk)
     gla_prepare_kernel[(m * h,)](
         q1, k1, q2, k2, g1, g2, weights, rows, chunks, *out,
         shapes.tokens, shapes.sequences,
         H=h, DK=dk, K=shapes.k, C=c, BK=min(blocks.k, dk), SCALE=dk**-0.5,
-        TRANSPOSE=transpose, PRECISION=dot_precision(q1),
+        BACKWARD=backward, PRECISION=dot_precision(q1),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out
@@ -66,10 +69,10 @@ def prepare(
 
 @triton.jit
 def gla_prepare_kernel(
-    q1, k1, q2, k2, g1, g2, weights, rows, chunks, q_out, k_out, scores, scales, steep_out,
+    q1, k1, q2, k2, g1, g2, weights, rows, chunks, q_out, k_out, scores, scales, steep_out, decays,
     T, B,
     H: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    SCALE: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_h, i_m = tl.program_id(0) % H, tl.program_id(0) // H
     i_s = tl.load(chunks + i_m)
@@ -104,12 +107,14 @@ def gla_prepare_kernel(
         tl.store(scales + scales_at + block * BK, tl.exp(r_q))
         tl.store(scales + scales_at + DK + block * BK, tl.exp(r_k - r_q))
         tl.store(scales + scales_at + 2 * DK + block * BK, tl.exp(total - r_k))
-        if TRANSPOSE:
+        if BACKWARD:
+            b_decay = tl.where((r_k != r_q)[None, :], 1.0, tl.exp(b_sum - r_q[None, :]))
+            tl.store(decays + out_tile + block * BK, b_decay.to(dtype))
             a = tl.dot(b_k, tl.trans(b_q), a, input_precision=PRECISION)
         else:
             a = tl.dot(b_q, tl.trans(b_k), a, input_precision=PRECISION)
     tl.store(steep_out + head, steep.to(tl.int8))
-    if TRANSPOSE:
+    if BACKWARD:
         seen = i_c[:, None] <= i_c[None, :]
     else:
         seen = i_c[:, None] >= i_c[None, :]
