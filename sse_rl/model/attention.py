@@ -80,6 +80,8 @@ def _varlen_attention(
 
     bounds = seqs.cu_seqlens.int()
     left = -1 if window is None else window - 1
+    # torch 2.11 knows no grouped heads here.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     o = varlen_attn(
         q,
         k,
@@ -89,7 +91,6 @@ def _varlen_attention(
         seqs.max_seqlen,
         seqs.max_seqlen,
         window_size=(left, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(o, Tensor)
     return o

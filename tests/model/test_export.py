@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids = tokenizer("abca", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = model(torch.arange(1, 80).view(1, -1) % 50).logits
