@@ -158,7 +158,7 @@ def arguments(sft: Sft, seed: int, folder: Path) -> SFTConfig:
         max_length=sft.max_length,
         gradient_checkpointing=sft.gradient_checkpointing,
         bf16=sft.bf16,
-        logging_steps=sft.logging_steps,
+        logging_steps=min(sft.logging_steps, sft.max_steps),
         save_strategy="steps" if sft.save_steps else "no",
         save_steps=sft.save_steps or 1,
         save_total_limit=1,
