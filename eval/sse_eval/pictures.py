@@ -44,7 +44,8 @@ def standing(marks: Sequence[Mark]) -> str:
                 parts.append(
                     f'<line class="{name}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
                 )
-        dot, radius = ("spot", 2.5) if mark.inner is not None else (kind, 5)
+        wide = mark.inner is not None and x(mark.inner[1]) - x(mark.inner[0]) > 10
+        dot, radius = ("spot", 2.5) if wide else (kind, 5)  # inside its interval, or instead of it
         parts.append(f'<circle class="dot {dot}" cx="{x(mark.score):.1f}" cy="{y}" r="{radius}"/>')
         parts.append(
             f'<text class="value {kind}" x="{WIDTH - 2}" y="{y + 4}" text-anchor="end">'

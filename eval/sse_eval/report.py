@@ -14,7 +14,7 @@ from sse_eval.folder import Row, replace
 from sse_eval.markdown import markdown
 from sse_eval.transcripts import problems_html, shown_text
 from sse_eval.types import Problem, Summary
-from sse_eval.words import ANCHORS, between, count, findings, percent, protocol, title
+from sse_eval.words import ANCHORS, between, count, findings, model_name, percent, protocol, title
 
 
 def write_report(
@@ -70,7 +70,7 @@ def _standing(summary: Summary) -> str:
     anchors = [pictures.Mark(a.model, a.score) for a in ANCHORS.get(summary["benchmark"], ())]
     if summary["avg"] is not None:
         own = pictures.Mark(
-            summary["model"].get("name") or "this model",
+            model_name(summary) or "this model",
             summary["avg"],
             summary["ci_sampling"],
             summary["ci_bootstrap"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -178,14 +179,13 @@ def _suspicion(row: Row) -> str:
         return f"the grader ended with {row['status']}"
     if row["lenient_reward"]:
         return "right, but outside a box"
-    end = "".join(row["completion"][-200:].split())
-    gold = "".join(row["answer"].split())
-    if len(gold) > 1 and gold in end and row["status"] in UNBOXED:
+    if row["status"] in UNBOXED and _holds(row["completion"][-200:], row["answer"]):
         return "the answer is among the last words, outside a box"
-    if (
-        gold
-        and row["extracted"]
-        and gold.casefold() in "".join(row["extracted"].split()).casefold()
-    ):
+    if _holds(row["extracted"] or "", row["answer"]):
         return "the box holds the answer and something else"
     return ""
+
+
+def _holds(text: str, gold: str) -> bool:
+    """Whether the gold stands in the text as a word of its own; one character proves nothing."""
+    return len(gold) > 1 and bool(re.search(rf"(?<![\w.]){re.escape(gold)}(?!\.?\w)", text))

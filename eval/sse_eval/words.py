@@ -51,8 +51,13 @@ def between(interval: list[float] | None) -> str:
 
 
 def title(summary: Summary) -> str:
-    name = summary["model"].get("name")
+    name = model_name(summary)
     return summary["benchmark"] + (f" · {name}" if name else "")
+
+
+def model_name(summary: Summary) -> str:
+    """What the caller said of the model: its name, else where it was read from."""
+    return str(summary["model"].get("name") or summary["model"].get("path") or "")
 
 
 def protocol(summary: Summary) -> str:
