@@ -18,8 +18,8 @@ def test_it_is_rms_norm_times_silu_of_the_gate(gated, dtype):
     exact = exact * silu(gate.double()) if gated else exact
     y = gated_rms_norm(o, weight, gate if gated else None, eps=1e-6)
     assert y.dtype == dtype
-    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype]
-    # measured: 8.9e-16, 4.8e-07 absolute; 3.9e-03 relative, the rounding of y
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 6e-3}[dtype]
+    # measured |error| / (1 + |y|): 0, 1.5e-07, 2.2e-03
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
 
 

@@ -10,12 +10,12 @@ from sse_kernels.gla import chunk as gla_chunk
 
 # Largest error over largest value (at least 1), outputs, states and gradients together.
 TOLERANCE = {  # measured
-    ("gla", torch.float64): 1e-14,  # 1.1e-15
-    ("gdn", torch.float64): 1e-14,  # 2.3e-15
-    ("gla", torch.float32): 1e-6,  # 3.1e-07
-    ("gdn", torch.float32): 4e-6,  # 1.5e-06, the router's cancelled gradient
-    ("gla", torch.bfloat16): 1e-2,  # 3.7e-03, the rounding of o
-    ("gdn", torch.bfloat16): 1e-2,  # 3.7e-03
+    ("gla", torch.float64): 1e-14,  # 8.4e-16
+    ("gdn", torch.float64): 1e-14,  # 1.8e-15
+    ("gla", torch.float32): 1e-6,  # 2.9e-07
+    ("gdn", torch.float32): 4e-6,  # 8.4e-07
+    ("gla", torch.bfloat16): 8e-3,  # 2.0e-03, the rounding of o
+    ("gdn", torch.bfloat16): 8e-3,  # 2.9e-03
 }
 VARIANTS = [("gla", {}), ("gdn", {}), ("gdn", {"gate_after_norm": True})]
 LENGTHS = [1, 20, 0, 37]
@@ -68,7 +68,7 @@ def test_bf16_inputs_accumulate_in_fp32(variant, options, form, make_case, diffe
     errors = difference({"o": o, "state": state}, {"o": exact_o, "state": exact_state})
     assert errors["o"] < TOLERANCE[variant, torch.bfloat16]
     # The router's probabilities and the state stay in fp32 (bf16 would err by 4e-3).
-    assert errors["state"] < 1e-5, errors  # measured 3e-07
+    assert errors["state"] < 1e-5, errors  # measured 1.1e-07
 
 
 @forms
@@ -143,7 +143,7 @@ def test_strong_decays_are_exact(variant, options, form, dtype, make_case, diffe
         g[40:60, 0] = 0.0
     cast = case.to(dtype)
     errors = difference(cast.results(cast.form(form)), case.results(case.form("naive")))
-    assert worst(errors) < TOLERANCE[variant, dtype], errors  # gla fp32 1.7e-07, gdn 4.8e-07
+    assert worst(errors) < TOLERANCE[variant, dtype], errors
 
 
 def test_exact_and_fast_factors_of_gla_agree(make_case):
@@ -179,8 +179,7 @@ def test_replayed_ids_reproduce_the_live_choice(variant, options, make_case, dif
 
 @pytest.mark.parametrize("gate_after_norm", [False, True])
 def test_the_norm_cancels_the_router_weight_of_gdn(gate_after_norm, make_case):
-    """With eps 1e-6 under the root, the weight's gradient is 1e-6 small, but for the option."""
+    """Up to eps: the gradient is 7e-07 at most, and 0.44 with the option."""
     case = make_case("gdn", [30], dk=16, gate_after_norm=gate_after_norm)
     gradient = case.results(case.form("chunk"))["dlogits"].abs().max()
-    assert (gradient > 1e-2) == gate_after_norm
-    assert gate_after_norm or gradient < 1e-2
+    assert gradient > 1e-2 if gate_after_norm else gradient < 1e-5

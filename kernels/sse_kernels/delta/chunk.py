@@ -7,6 +7,8 @@ of gated linear attention that writes u for v; kernels/README.md.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -41,43 +43,43 @@ def chunk_sse_gdn(
     shared, sparse = cut_streams(routing, cu_seqlens, CHUNK)
     state1, state2 = split_state(initial_state, dtype)
 
-    q1, k1, q2, k2, v_, g1, beta1, g2, beta2 = (
+    q1, k1, q2, k2, values, g1, beta1, g2, beta2 = (
         x.to(dtype) for x in (q1, k1, q2, k2, v, g1, beta1, g2, beta2)
     )
     weights = routing.weights.to(dtype)[:, :, None, None]
     scale, group = q1.shape[-1] ** -0.5, v.shape[1] // q1.shape[1]
-    rows1 = unit(q1) * scale, unit(k1), v_, g1, beta1
-    rows2 = (
-        sparse_key(q2[:, None], weights, gate_after_norm).flatten(0, 1) * scale,
-        sparse_key(k2[:, None], weights, gate_after_norm).flatten(0, 1),
-        *(x.repeat_interleave(k, dim=0) for x in (v_, g2, beta2)),
+    rows1 = _Rows(unit(q1) * scale, unit(k1), values, g1, beta1)
+    rows2 = _Rows(
+        q=sparse_key(q2[:, None], weights, gate_after_norm).flatten(0, 1) * scale,
+        k=sparse_key(k2[:, None], weights, gate_after_norm).flatten(0, 1),
+        v=values.repeat_interleave(k, dim=0),
+        g=g2.repeat_interleave(k, dim=0),
+        beta=beta2.repeat_interleave(k, dim=0),
     )
-    o1, state1 = _scan(shared, *_repeat_heads(rows1, group), state1, output_final_state)
-    o2, state2 = _scan(sparse, *_repeat_heads(rows2, group), state2, output_final_state)
+    o1, state1 = _scan(shared, rows1, group, state1, output_final_state)
+    o2, state2 = _scan(sparse, rows2, group, state2, output_final_state)
     return join_streams(o1, o2, state1, state2, v, routing)
 
 
-def _repeat_heads(rows: tuple[Tensor, ...], group: int) -> tuple[Tensor, ...]:
-    """Queries and keys, the first two, once for every value head that reads them."""
-    if group == 1:
-        return rows
-    return *(x.repeat_interleave(group, dim=1) for x in rows[:2]), *rows[2:]
+class _Rows(NamedTuple):
+    """What one kind of stream reads and writes, a row per token or per (token, partition)."""
+
+    q: Tensor
+    """[P, H, Dk], normalised, scaled and weighted, as k."""
+    k: Tensor
+    v: Tensor
+    """[P, Hv, Dv]."""
+    g: Tensor
+    """[P, Hv], as beta."""
+    beta: Tensor
 
 
 def _scan(
-    chunks: Chunks,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    output_final_state: bool,
+    chunks: Chunks, rows: _Rows, group: int, state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One kind of stream: q, k [P, Hv, Dk], v [P, Hv, Dv], g, beta [P, Hv], states
-    [V, Hv, Dv, Dk] -> o [P, Hv, Dv]."""
-    q, k, v = chunks.pad(q), chunks.pad(k), chunks.pad(v)
-    g, beta = chunks.pad(g[..., None]), chunks.pad(beta[..., None])
+    """Outputs [P, Hv, Dv] and final states; state [V, Hv, Dv, Dk], one a stream."""
+    q, k = (chunks.pad(x.repeat_interleave(group, dim=1) if group > 1 else x) for x in rows[:2])
+    v, g, beta = chunks.pad(rows.v), chunks.pad(rows.g[..., None]), chunks.pad(rows.beta[..., None])
     lower = torch.ones(CHUNK, CHUNK, dtype=g.dtype, device=g.device).tril()
     strict = lower.tril(-1)
     between = (lower @ (g * strict)).exp() * lower  # e^(g_(j+1) + ... + g_i) for j <= i

@@ -32,7 +32,7 @@ def recurrent_sse_gdn_step(
     index = slots[:, None], touched(routing.ids)
     old = state[index].to(compute_dtype(q1))
     args = q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing.weights
-    new, o = _step(old, *args, gate_after_norm)
+    new, o = _step(old, *args, gate_after_norm=gate_after_norm)
     state[index] = new.to(state.dtype)
     return o.to(v.dtype)
 
@@ -58,7 +58,7 @@ def recurrent_sse_gdn(
     args = q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing.weights
 
     def step(state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return _step(state, *(x[rows] for x in args), gate_after_norm)
+        return _step(state, *(x[rows] for x in args), gate_after_norm=gate_after_norm)
 
     return scan_tokens(step, q1, v, routing, cu_seqlens, initial_state, output_final_state)
 
@@ -75,6 +75,7 @@ def _step(
     g2: Tensor,
     beta2: Tensor,
     weights: Tensor,
+    *,
     gate_after_norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """New states [B, 1+K, Hv, Dv, Dk] and outputs [B, Hv, Dv] of one token a sequence.

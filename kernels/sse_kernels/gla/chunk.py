@@ -48,36 +48,43 @@ def chunk_sse_gla(
 
     q1, k1, q2, k2, g1, g2 = (x.to(dtype) for x in (q1, k1, q2, k2, g1, g2))
     weights, scale = routing.weights.to(dtype)[:, :, None, None], dk**-0.5
-    rows1 = q1 * scale, k1, values, g1
-    rows2 = (
-        (weights * scale * q2[:, None]).flatten(0, 1),
-        (weights * k2[:, None]).flatten(0, 1),
-        *(x[:, None].expand(-1, k, -1, -1).flatten(0, 1) for x in (values, g2)),
+    rows1 = _Rows(q1 * scale, k1, values, g1)
+    rows2 = _Rows(
+        q=(weights * scale * q2[:, None]).flatten(0, 1),
+        k=(weights * k2[:, None]).flatten(0, 1),
+        v=values[:, None].expand(-1, k, -1, -1).flatten(0, 1),
+        g=g2[:, None].expand(-1, k, -1, -1).flatten(0, 1),
     )
-    o1, state1 = _scan(shared, *rows1, state1, output_final_state)
-    o2, state2 = _scan(sparse, *rows2, state2, output_final_state)
+    o1, state1 = _scan(shared, rows1, state1, output_final_state)
+    o2, state2 = _scan(sparse, rows2, state2, output_final_state)
     if state1 is not None and state2 is not None:
         state1, state2 = (x.reshape(-1, *v.shape[1:], dk) for x in (state1, state2))
     return join_streams(o1, o2, state1, state2, v, routing)
 
 
+class _Rows(NamedTuple):
+    """What one kind of stream reads and writes, a row per token or per (token, partition)."""
+
+    q: Tensor
+    """[P, H, Dk], scaled and weighted, as k."""
+    k: Tensor
+    v: Tensor
+    """[P, H, Dv]."""
+    g: Tensor
+    """[P, H, Dk]."""
+
+
 def _scan(
-    chunks: Chunks,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    state: Tensor | None,
-    output_final_state: bool,
+    chunks: Chunks, rows: _Rows, state: Tensor | None, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One kind of stream: q, k, g [P, H, Dk], v and o [P, H, Dv], states [V, H, Dv, Dk]."""
-    v = chunks.pad(v)
-    f = _factors(chunks.pad(q), chunks.pad(k), chunks.pad(g))
+    """Outputs [P, H, Dv] and final states; state [V, H, Dv, Dk], one a stream."""
+    q, k, v, g = (chunks.pad(x) for x in rows)
+    f = _factors(q, k, g)
     o = f.scores @ v
     # The first chunk of a stream that starts from nothing has nothing to read.
     skipped = sum(chunks.levels[:1]) if state is None else 0
     if state is None:
-        state = v.new_zeros(len(chunks.order), v.shape[1], v.shape[3], q.shape[2])
+        state = v.new_zeros(len(chunks.order), v.shape[1], v.shape[3], q.shape[3])
 
     values, keys, decay = (x.split(chunks.levels) for x in (v, f.k_out, f.decay))
 
