@@ -12,7 +12,7 @@ from string import Template
 from sse_eval import pictures
 from sse_eval.folder import Row, replace
 from sse_eval.markdown import markdown
-from sse_eval.transcripts import problems_html, shown_text
+from sse_eval.transcripts import cut, problems_html, shown_text
 from sse_eval.types import Problem, Summary
 from sse_eval.words import ANCHORS, between, count, findings, model_name, percent, protocol, title
 
@@ -81,9 +81,7 @@ def _standing(summary: Summary) -> str:
 
 
 def _standing_caption(summary: Summary) -> str:
-    text = (
-        "Percent. Intervals are 95 %: dark, the same problems asked again; light, other problems."
-    )
+    text = "Percent. Bands are 95 %: inner, the same problems asked again; outer, other problems."
     if anchors := ANCHORS.get(summary["benchmark"]):
         sources = "; ".join(f"{a.model}: {a.source}" for a in anchors)
         return f"{text} <span title='{shown_text(sources)}'>Grey: published scores.</span>"
@@ -182,7 +180,7 @@ def _suspects(summary: Summary) -> str:
         return ""
     rows = "".join(
         f"<tr><td>{shown_text(s['id'])}</td><td class=number>{s['sample']}</td>"
-        f"<td>{shown_text(s['why'])}</td><td>{shown_text(s['extracted'] or '–')}</td>"
+        f"<td>{shown_text(s['why'])}</td><td>{shown_text(cut(s['extracted'] or '–', 60))}</td>"
         f"<td>{shown_text(s['answer'])}</td></tr>"
         for s in summary["suspects"]
     )

@@ -44,6 +44,14 @@ def shown_text(text: str) -> str:
     return escape(_UNSHOWN.sub("\ufffd", text))
 
 
+def cut(text: str, length: int) -> str:
+    """At most `length` characters: a third from the beginning, the rest from the end."""
+    if len(text) <= length:
+        return text
+    gone = f" … {len(text) - length:,} characters … " if length > 200 else "…"
+    return text[: length // 3] + gone + text[len(text) - length + length // 3 :]
+
+
 def _share(problems: Sequence[Problem], rows: Sequence[Row]) -> tuple[int, int]:
     """Samples shown of each problem, and characters of each, so that the page stays below PAGE."""
     samples = -(-len(rows) // max(1, len(problems)))
@@ -81,7 +89,7 @@ def _votes(problem: Problem, rows: Sequence[Row]) -> str:
     counts = Counter(vote(row) for row in rows)
     none = counts.pop(None, 0)
     votes = [
-        f"{'<b>' if answer == problem.answer else ''}{shown_text(_cut(str(answer), 24))}"
+        f"{'<b>' if answer == problem.answer else ''}{shown_text(cut(str(answer), 24))}"
         f"{'</b>' if answer == problem.answer else ''} ×{n}"
         for answer, n in counts.most_common(4)
     ]
@@ -94,18 +102,10 @@ def _votes(problem: Problem, rows: Sequence[Row]) -> str:
 
 def _sample(row: Row, line: int, length: int) -> str:
     verdict = "ok" if row["reward"] else "no"
-    box = f" · {shown_text(_cut(row['extracted'], 60))}" if row["extracted"] else ""
+    box = f" · {shown_text(cut(row['extracted'], 60))}" if row["extracted"] else ""
     return (
         f'<details class="sample"><summary><span class="{verdict}">{escape(row["status"])}</span>'
         f" · sample {row['sample']} · {row['tokens']:,} tokens{box}"
         f' <span class="votes">results.jsonl line {line}</span></summary>'
-        f"<pre>{shown_text(_cut(row['completion'], length))}</pre></details>"
+        f"<pre>{shown_text(cut(row['completion'], length))}</pre></details>"
     )
-
-
-def _cut(text: str, length: int) -> str:
-    """At most `length` characters: a third from the beginning, the rest from the end."""
-    if len(text) <= length:
-        return text
-    gone = f" … {len(text) - length:,} characters … " if length > 200 else "…"
-    return text[: length // 3] + gone + text[len(text) - length + length // 3 :]
