@@ -236,9 +236,14 @@ class Engine:
     def _sample(
         self, slots: np.ndarray, logits: Tensor, versions: np.ndarray | int
     ) -> list[Completion]:
-        drawn, logprobs = sample(logits, self._lanes.knobs(slots))
-        tokens = drawn.cpu().numpy()
-        stopped, full = self._lanes.sampled(slots, tokens, logprobs.cpu().numpy(), versions)
+        tokens, logprobs = (x.cpu().numpy() for x in sample(logits, self._lanes.knobs(slots)))
+        if np.isnan(logprobs).any():
+            sequence = self._running[int(slots[np.isnan(logprobs).argmax()])]
+            raise FloatingPointError(
+                f"request {sequence.job.request.request_id!r}, sample {sequence.index}: the logits "
+                f"are not numbers (weights of version {self.version})"
+            )
+        stopped, full = self._lanes.sampled(slots, tokens, logprobs, versions)
         self.stats.tokens += len(slots)
         finished = []
         for at in np.flatnonzero(stopped | full | self._lanes.stop_strings[slots]):

@@ -72,10 +72,9 @@ class Runner:
 
     def prefill(self, pieces: list[Piece]) -> Fed:
         """Feeds prompt tokens of several jobs, packed into one row."""
-        for piece in pieces:
-            if piece.start == 0:
-                self.cache.reset([piece.job.slot])
-                self._map(piece.job.slot, piece.job.pages)
+        if fresh := {piece.job.slot: piece.job.pages for piece in pieces if piece.start == 0}:
+            self.cache.reset(list(fresh))
+            self._map(fresh)
         lengths = [piece.stop - piece.start for piece in pieces]
         tokens = [np.asarray(p.job.request.prompt_token_ids[p.start : p.stop]) for p in pieces]
         positions = [np.arange(p.start, p.stop) for p in pieces]
@@ -137,7 +136,7 @@ class Runner:
         for sequence in sequences:
             if rest and job.pages and not sequence.inherits:
                 self.cache.copy_page(job.pages[full], sequence.pages[full])
-            self._map(sequence.slot, sequence.pages)
+        self._map({sequence.slot: sequence.pages for sequence in sequences})
 
     def load(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies weights into the model in place; all of them, or none and a ValueError."""
@@ -205,9 +204,12 @@ class Runner:
         )
         return self.model.logits(output.hidden), output.routing_ids
 
-    def _map(self, slot: int, pages: list[int]) -> None:
-        self._tables[slot] = 0
-        self._tables[slot, : len(pages)] = self._tensor(np.asarray(pages, np.int64))
+    def _map(self, pages: Mapping[int, list[int]]) -> None:
+        """Sets the block tables of slots."""
+        rows = np.zeros((len(pages), self._width), np.int64)
+        for row, mine in zip(rows, pages.values(), strict=True):
+            row[: len(mine)] = mine
+        self._tables[list(pages)] = self._tensor(rows)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

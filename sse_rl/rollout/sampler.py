@@ -95,7 +95,8 @@ def _truncate(logprobs: Tensor, knobs: Knobs) -> Tensor:
     if floor.size:
         rows = torch.from_numpy(floor).to(logprobs.device)
         some = logprobs[rows]
-        cut = some.exp() < some.amax(-1, keepdim=True).exp() * _column(knobs.min_p[floor], logprobs)
+        floors = np.log(knobs.min_p[floor].astype(np.float64))
+        cut = some < some.amax(-1, keepdim=True) + _column(floors, logprobs)
         logprobs = logprobs.index_copy(0, rows, some.masked_fill(cut, -torch.inf))
     width = logprobs.shape[-1]
     top_k = np.where((knobs.top_k > 0) & (knobs.top_k < width), knobs.top_k, width)
@@ -120,7 +121,9 @@ def _keep_top(logprobs: Tensor, top_k: np.ndarray, top_p: np.ndarray) -> Tensor:
 
 def _draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """First token whose cumulated probability exceeds `uniform` of the total, never a cut one."""
-    probs = logprobs.exp()
+    probs = logprobs.softmax(
+        -1
+    )  # works row by row, where exp() may round the end of a tensor apart
     cumulated = probs.cumsum(-1).masked_fill(probs == 0, -1.0)
     return (cumulated > uniform * cumulated.amax(-1, keepdim=True)).byte().argmax(-1)
 

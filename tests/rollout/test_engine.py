@@ -199,6 +199,15 @@ def test_weights_that_do_not_fit_change_nothing(tiny_model, make_engine):
     assert all(torch.equal(now[key], before[key]) for key in before)
 
 
+def test_logits_that_are_not_numbers_stop_the_run(tiny_model, make_engine, make_request):
+    engine = make_engine(tiny_model())
+    state = {name: tensor * torch.nan for name, tensor in tiny_model().state_dict().items()}
+    engine.set_weights(state, version=3)
+    with pytest.raises(FloatingPointError, match=r"'r0', sample 0: .* version 3"):
+        engine.generate([make_request(0, 10)])
+    assert not engine.busy
+
+
 def test_an_aborted_request_returns_what_it_has_and_frees_its_place(
     tiny_model, make_engine, make_request
 ):
