@@ -127,6 +127,7 @@ def expect_slots(op: str, state: Tensor, slots: Tensor, row: tuple[int, ...], li
     """Raise unless `state` is [S, *row] and `slots` [B] point into it."""
     expect_float(op, "state", state)
     expect(tuple(state.shape[1:]) == row, op, "state", f"[S, *{list(row)}]", list(state.shape))
+    expect(state.is_contiguous(), op, "state", "contiguous", f"strides {list(state.stride())}")
     expect(state.device == like.device, op, "state", f"on {like.device}", state.device)
     if slots.dtype != torch.int64:
         raise TypeError(f"{op}: slots must be int64, got {slots.dtype}")

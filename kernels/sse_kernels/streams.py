@@ -16,6 +16,11 @@ def touched(ids: Tensor) -> Tensor:
     return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
 
 
+def state_rows(state: Tensor, slots: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """A view of contiguous states [S, 1+N, ...] as rows, and the rows [B, 1+K] of these tokens."""
+    return state.view(-1, *state.shape[2:]), slots[:, None] * state.shape[1] + touched(ids)
+
+
 def stack_streams(shared: Tensor, sparse: Tensor, group: int = 1) -> Tensor:
     """[B, H, ...] and [B, K, H, ...] as [B, 1+K, H * group, ...], each head repeated in place."""
     x = torch.cat([shared[:, None], sparse], dim=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dtypes import compute_dtype
 from ..routing import Routing
-from ..streams import scan_tokens, stack_streams, sum_streams, touched
+from ..streams import scan_tokens, stack_streams, state_rows, sum_streams
 
 
 @torch.no_grad()
@@ -25,10 +25,10 @@ def recurrent_sse_gla_step(
     slots: Tensor,
 ) -> Tensor:
     """See `sse_gla_step`."""
-    index = slots[:, None], touched(routing.ids)
-    old = state[index].to(compute_dtype(q1))
+    rows, index = state_rows(state, slots, routing.ids)
+    old = rows.index_select(0, index.flatten()).unflatten(0, index.shape).to(compute_dtype(q1))
     new, o = _step(old, q1, k1, q2, k2, v, g1, g2, routing.weights)
-    state[index] = new.to(state.dtype)
+    rows.index_copy_(0, index.flatten(), new.flatten(0, 1).to(state.dtype))
     return o.to(v.dtype)
 
 
