@@ -28,18 +28,37 @@ class Section(BaseModel):
     )
 
 
+class Convert(Section):
+    """A softmax Transformer (Llama, Qwen2 or Qwen3) made into an SSE-H."""
+
+    source: str
+    """A folder, a hub id, or a GGUF file."""
+    attention_layers: NonNegative | list[NonNegative] | None = None
+    """How many layers stay softmax attention, evenly spread, or which; None: one in four."""
+    linear_attn_type: Literal["gla", "gdn"] = "gla"
+    num_sparse_partition: Positive = 4
+    num_writer: Positive = 1
+    """Partitions that a token writes and reads."""
+    use_short_conv: bool = True
+    """Stands in for the neighbours that RoPE let attention find; starts as the identity."""
+    use_output_gate: bool = False
+    """Its projection has no bias, so it cannot start at 1: the gap to the teacher is wider."""
+
+
 class Model(Section):
-    """Where the policy comes from: a checkpoint folder or hub id, or a fresh model of `config`."""
+    """Where the policy comes from: a checkpoint folder or hub id, a fresh model of `config`, or a
+    softmax Transformer to `convert`; exactly one of the three."""
 
     path: str | None = None
     config: dict[str, Any] | None = None
     """Keys of SSEConfig, for a model from scratch; the tokenizer sets the vocabulary size."""
+    convert: Convert | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.path is None) == (self.config is None):
-            raise ValueError("give either model.path or model.config")
+        if sum(origin is not None for origin in (self.path, self.config, self.convert)) != 1:
+            raise ValueError("give exactly one of model.path, model.config, model.convert")
         return self
 
 

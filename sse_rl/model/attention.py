@@ -36,6 +36,10 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(d, keys, bias=bias)
         self.v_proj = nn.Linear(d, keys, bias=bias)
         self.o_proj = nn.Linear(queries, d, bias=False)
+        self.qk_norm: bool = config.attn["qk_norm"]
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, seqs: PackedInputs) -> Tensor:
         """x [T, d] -> [T, d]; with a cache, this call's k and v are written to its pages."""
@@ -43,6 +47,8 @@ class SoftmaxAttention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, k, seqs.positions, theta=self.rope_theta)
         if seqs.cache is not None:
             _write_pages(k, v, seqs, seqs.cache, self.index)

@@ -11,6 +11,7 @@ _ATTN_DEFAULTS: dict[str, Any] = {
     "window_size": None,
     "rope_theta": 10000.0,
     "qkv_bias": False,
+    "qk_norm": False,
 }
 _ATTN_KEYS = {"layers", "num_heads", "num_kv_heads", "head_dim", *_ATTN_DEFAULTS}
 
@@ -20,8 +21,9 @@ class SSEConfig(PretrainedConfig):
 
     Layers named in `attn["layers"]` are softmax attention, all others SSE; without `attn` the
     model is pure SSE. `attn` holds layers, num_heads, num_kv_heads (num_heads), head_dim
-    (hidden_size / num_heads), window_size (None: unlimited), rope_theta and qkv_bias. Keys of the
-    reference that choose one of its implementations are accepted and kept, without effect.
+    (hidden_size / num_heads), window_size (None: unlimited), rope_theta, qkv_bias and qk_norm
+    (Qwen3's RMSNorm of each head's query and key; not in the reference). Keys of the reference
+    that choose one of its implementations are accepted and kept, without effect.
 
     Raises:
         ValueError: an impossible combination; the message names the key.
