@@ -66,7 +66,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "sse_rl", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=230,
+        timeout=500,
     )
 
 
@@ -92,6 +92,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(call, recipe: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_run_then_report_export_eval_and_compare(call, recipe: Path, tmp_path: Path):
     runs, run = tmp_path / "runs", tmp_path / "runs" / "tiny"
     done = command("run", recipe, "--runs-dir", runs, "--address", "local")
