@@ -16,6 +16,11 @@ def touched(ids: Tensor) -> Tensor:
     return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
 
 
+def per_pair(x: Tensor, k: int) -> Tensor:
+    """Rows [T, ...] once for each of their K partitions, [T * K, ...]."""
+    return x[:, None].expand(-1, k, *x.shape[1:]).flatten(0, 1)
+
+
 def state_rows(state: Tensor, slots: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """A view of contiguous states [S, 1+N, ...] as rows, and the rows [B, 1+K] of these tokens."""
     return state.view(-1, *state.shape[2:]), slots[:, None] * state.shape[1] + touched(ids)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..chunks import Chunks, cut_streams
 from ..dtypes import compute_dtype
 from ..routing import Routing
-from ..streams import join_streams, split_state
+from ..streams import join_streams, per_pair, split_state
 from .gate import sparse_key, unit
 
 CHUNK = 16
@@ -52,9 +52,9 @@ def chunk_sse_gdn(
     rows2 = _Rows(
         q=sparse_key(q2[:, None], weights, gate_after_norm).flatten(0, 1) * scale,
         k=sparse_key(k2[:, None], weights, gate_after_norm).flatten(0, 1),
-        v=values.repeat_interleave(k, dim=0),
-        g=g2.repeat_interleave(k, dim=0),
-        beta=beta2.repeat_interleave(k, dim=0),
+        v=per_pair(values, k),
+        g=per_pair(g2, k),
+        beta=per_pair(beta2, k),
     )
     o1, state1 = _scan(shared, rows1, group, state1, output_final_state)
     o2, state2 = _scan(sparse, rows2, group, state2, output_final_state)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..chunks import Chunks, cut_streams
 from ..dtypes import compute_dtype
 from ..routing import Routing
-from ..streams import join_streams, split_state
+from ..streams import join_streams, per_pair, split_state
 
 CHUNK = 16
 MAX_DECAY = 16.0
@@ -52,8 +52,8 @@ def chunk_sse_gla(
     rows2 = _Rows(
         q=(weights * scale * q2[:, None]).flatten(0, 1),
         k=(weights * k2[:, None]).flatten(0, 1),
-        v=values[:, None].expand(-1, k, -1, -1).flatten(0, 1),
-        g=g2[:, None].expand(-1, k, -1, -1).flatten(0, 1),
+        v=per_pair(values, k),
+        g=per_pair(g2, k),
     )
     o1, state1 = _scan(shared, rows1, state1, output_final_state)
     o2, state2 = _scan(sparse, rows2, state2, output_final_state)
