@@ -37,13 +37,13 @@ _BARE_UNIT = re.compile(
     r"(?:sq(?:uare|\.)?|cubic) ?[a-z]+))\s*(?:\^\s*\{?\s*[23]\s*\}?|²|³)?\.?$"
 )
 _LEADING_TEXT = re.compile(
-    r"^(?:\\text\{\s*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?(?:answer|result|total|"
-    r"sum|value)?\s*(?:is|equals|=|:)?\s*\}|answer)\s*:?|^(?:\\text\{\s*\([A-E]\)\s*\}|\([A-E]\))\s*",
+    r"^(?:\\text\{((?:[^{}]*\b(?:answer|is|are|be|equals)|[^{}]*[:=]))\s*\}|answer)\s*:?\s*"
+    r"|^(?:\\text\{\s*\([A-E]\)\s*\}|\([A-E]\))\s*",
     re.IGNORECASE,
 )
 _NOT_A_UNIT = re.compile(
     r"(?<![a-z])(?:or|and|not|nor|but|if|maybe|about|approx\w*|roughly|possibly|probably|around|"
-    r"at|least|most|more|less|than|other|any|mod\w*|base|percent\w*|pct|hundreds?|thousands?|"
+    r"at|least|most|more|less|than|other|any|mod\w*|base|percent\w*|pct|hundred(?:s|ths?)?|tenths?|thousand(?:s|ths?)?|"
     r"millions?|billions?|dozens?|half|halves|thirds?|quarters?|factorial|squared|cubed|times|plus|"
     r"minus|over|unless|except|never|no|cannot|double|twice|to|through|between|wrong|incorrect|false|pi|i)(?![a-z])"
     r"|[^a-z .,'()/-]"
@@ -55,13 +55,21 @@ def read_integer(box: str) -> Decimal | None:
     text = re.sub(r"\s*(?:[.,;]|\\\\)?\s*$", "", plain_latex(box))
     text = _DIGIT_GROUP.sub(r"\1", text)
     if (found := _INTEGER.fullmatch(text)) is None:
-        if (text := _right_side(_LEADING_TEXT.sub("", text))) is None:
+        if (text := _right_side(_without_lead(text))) is None or text.endswith(".."):
             return None
         text = _unwrapped(_without_unit(_unwrapped(text)))
         if grouped := _GROUPED.fullmatch(text):
             text = re.sub(r"[ ,]", "", grouped.group())
         found = _INTEGER.fullmatch(text)
     return None if found is None else Decimal(found.group(1) + found.group(2))
+
+
+def _without_lead(text: str) -> str:
+    r"""Without `\text{The answer is}`, `Answer:` or a choice's letter in front."""
+    lead = _LEADING_TEXT.match(text)
+    if lead is None or _NOT_A_UNIT.search((lead.group(1) or "").lower().rstrip(":=")):
+        return text
+    return text[lead.end() :]
 
 
 def _right_side(text: str) -> str | None:

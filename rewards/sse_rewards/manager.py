@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from .grader import Question
+from .nursery import Nursery, cpu_seconds
 from .result import Status
 
 SLOW = 0.25
@@ -26,8 +24,11 @@ SLOW = 0.25
 SLOW_PLACES = 2
 """Slow checks that may go on beside the normal ones, a worker."""
 START_LIMIT = 30.0
+"""Seconds that a worker may take to come up, the import of math-verify included."""
+STARVED = 0.05
+"""A check that had less than this share of a core until its limit gets as much time again."""
 RSS_LIMIT = 500 << 20
-COUNTED = ("started", "checks", "kills", "crashes", "recycled")
+COUNTED = ("started", "checks", "kills", "crashes", "recycled", "starved")
 
 
 class Verdict(NamedTuple):
@@ -59,18 +60,18 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    process_id: int
     socket: socket.socket
+    since: float
+    """When it was asked for; later, when its check began."""
+    process_id: int = 0
+    """Known when it has come up."""
     checks: int = 0
     job: Job | None = None
-    began: float = 0.0
+    limit: float = START_LIMIT
+    cpu: float = 0.0
+    """Processor seconds used before its check."""
     slow: bool = False
     received: bytearray = field(default_factory=bytearray)
-
-    def give_way(self) -> None:
-        """Lower the priority of a slow check."""
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.process_id, 19)
 
 
 class Manager:
@@ -86,18 +87,22 @@ class Manager:
         self._lock = threading.Lock()
         self._closing = False
         self._workers: set[_Worker] = set()
-        self._nursery: _Nursery | None = None
+        self._nursery: Nursery | None = None
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
         self._ring.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._silence_bell)
         self._thread = threading.Thread(target=self._run, name="sse-rewards", daemon=True)
         self._thread.start()
 
     @staticmethod
     def no_counts() -> Counter[str]:
         return Counter(dict.fromkeys(COUNTED, 0))
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def submit(self, question: Question) -> Job:
         """A job for the question; the same question asked twice meanwhile is one job."""
@@ -110,15 +115,11 @@ class Manager:
             if job and not job.verdict.cancelled():
                 job.askers += 1
                 return job
-            patience = START_LIMIT + (len(self._asked) + 3) * self._time_limit
+            patience = 2 * START_LIMIT + 2 * (len(self._asked) + 3) * self._time_limit
             job = self._asked[question] = Job(question, patience)
             self._waiting.append(job)
         self._wake()
         return job
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
     def close(self) -> None:
         self._closing = True
@@ -131,89 +132,77 @@ class Manager:
         for worker in self._workers:
             worker.socket.close()
         if self._nursery:
-            self._nursery.abandon()
+            self._nursery.socket.close()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._ring.send(b"!")
-        except (BlockingIOError, OSError):
-            return
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                try:
-                    self._feed()
-                except (OSError, RuntimeError, ValueError) as failure:
-                    why = Verdict("error", f"no reward worker could be started: {failure}")
-                    self._lose_workers(why)
-                    self._fail_one(why)
+                self._feed()
                 for key, _ in self._selector.select(self._next_event()):
-                    if key.data is None:
-                        self._silence_bell()
-                    else:
-                        self._receive(key.data)
+                    key.data()
                 self._watch()
         finally:
             self._shut_down()
 
     def _feed(self) -> None:
-        """Give waiting questions to free workers, starting some if there are places, and one
-        ahead of need."""
-        if not self._workers:
-            self._start()
-        while self._waiting:
-            busy = [w for w in self._workers if w.job]
-            slow = sum(w.slow for w in busy)
-            if len(busy) - min(slow, SLOW_PLACES * self._places) >= self._places:
-                return
-            worker = next((w for w in self._workers if not w.job), None) or self._start()
+        """Give waiting questions to free workers; ask for as many workers as could be used now,
+        and for one ahead of need."""
+        free = [w for w in self._workers if w.process_id and not w.job]
+        busy = [w for w in self._workers if w.job]
+        slow = min(sum(w.slow for w in busy), SLOW_PLACES * self._places)
+        places = self._places - (len(busy) - slow)
+        while self._waiting and places > 0 and free:
             with self._lock:
                 job = self._waiting.popleft()
-            if not job.verdict.set_running_or_notify_cancel():
+            if job.verdict.set_running_or_notify_cancel():
+                self._begin(free.pop(), job)
+                places -= 1
+            else:
                 self._forget(job)
-                continue
-            worker.job, worker.slow, worker.began = job, False, time.monotonic()
-            line = {
-                "prediction": job.question.prediction,
-                "gold": job.question.gold,
-                "seconds": self._time_limit,
-            }
-            try:
-                worker.socket.sendall(json.dumps(line).encode() + b"\n")
-            except OSError:
-                self._crashed(worker)
+        coming = sum(not w.process_id for w in self._workers)
+        wanted = max(1, min(len(self._waiting), places))
+        for _ in range(wanted - len(free) - coming):
+            self._start()
 
-    def _start(self) -> _Worker:
+    def _begin(self, worker: _Worker, job: Job) -> None:
+        worker.job, worker.slow, worker.limit = job, False, self._time_limit
+        worker.since, worker.cpu = time.monotonic(), cpu_seconds(worker.process_id)
+        question = {
+            "prediction": job.question.prediction,
+            "gold": job.question.gold,
+            "seconds": 2 * self._time_limit,
+        }
+        with contextlib.suppress(OSError):  # a dead worker shows as the end of its socket
+            worker.socket.sendall(json.dumps(question).encode() + b"\n")
+
+    def _start(self) -> None:
         if self._nursery is None:
-            self._nursery = _Nursery()
-        try:
-            process_id, connection = self._nursery.fork()
-        except (OSError, RuntimeError):
-            self._lose_workers(Verdict("error", "the parent of the reward workers died"))
-            self._nursery = _Nursery()
-            process_id, connection = self._nursery.fork()
-        worker = _Worker(process_id, connection)
+            self._nursery = Nursery()
+            self._selector.register(self._nursery.socket, selectors.EVENT_READ, self._lose_nursery)
+        worker = _Worker(self._nursery.fork(), time.monotonic())
         self._workers.add(worker)
-        self._selector.register(connection, selectors.EVENT_READ, worker)
-        self.counts["started"] += 1
-        return worker
+        receive = functools.partial(self._receive, worker)
+        self._selector.register(worker.socket, selectors.EVENT_READ, receive)
 
     def _next_event(self) -> float | None:
         ends = [
-            w.began + (self._time_limit if w.slow else min(SLOW, self._time_limit))
+            w.since + (w.limit if w.slow or not w.job else min(SLOW, w.limit))
             for w in self._workers
-            if w.job
+            if w.job or not w.process_id
         ]
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _silence_bell(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._bell.recv(4096)
-        except BlockingIOError:
-            return
 
     def _receive(self, worker: _Worker) -> None:
+        if worker not in self._workers:
+            return
         try:
             chunk = worker.socket.recv(65536)
         except OSError:
@@ -226,6 +215,10 @@ class Manager:
             return
         reply = json.loads(worker.received)
         worker.received.clear()
+        if not worker.process_id:
+            worker.process_id = reply["process_id"]
+            self.counts["started"] += 1
+            return
         worker.checks += 1
         self._settle(worker, _verdict(reply))
         if worker.checks >= self._recycle_after or reply["rss"] > RSS_LIMIT:
@@ -235,19 +228,38 @@ class Manager:
     def _watch(self) -> None:
         """Mark slow checks, kill those past the limit."""
         now = time.monotonic()
-        for worker in [w for w in self._workers if w.job]:
-            if now - worker.began >= self._time_limit:
-                self.counts["kills"] += 1
-                self._discard(worker)
-                self._settle(worker, Verdict("timeout", f"over {self._time_limit:g} s, killed"))
-            elif not worker.slow and now - worker.began >= SLOW:
+        for worker in list(self._workers):
+            if now - worker.since >= worker.limit and not worker.process_id:
+                self._lose_nursery()
+                return
+            if worker.job is None:
+                continue
+            if now - worker.since >= worker.limit:
+                self._past_limit(worker)
+            elif not worker.slow and now - worker.since >= SLOW:
                 worker.slow = True
-                worker.give_way()
+                if self._waiting:
+                    with contextlib.suppress(OSError):
+                        os.setpriority(os.PRIO_PROCESS, worker.process_id, 10)
+
+    def _past_limit(self, worker: _Worker) -> None:
+        first = worker.limit == self._time_limit
+        used = cpu_seconds(worker.process_id) - worker.cpu
+        if first and used < STARVED * self._time_limit:
+            self.counts["starved"] += 1
+            worker.limit *= 2
+            return
+        self.counts["kills"] += 1
+        self._discard(worker)
+        self._settle(worker, Verdict("timeout", f"over {worker.limit:g} s, killed"))
 
     def _crashed(self, worker: _Worker) -> None:
         self.counts["crashes"] += worker.job is not None
+        came_up = worker.process_id
         self._discard(worker)
         self._settle(worker, Verdict("error", "the worker died in this check"))
+        if not came_up:
+            self._lose_nursery()
 
     def _settle(self, worker: _Worker, verdict: Verdict) -> None:
         if (job := worker.job) is None:
@@ -255,44 +267,49 @@ class Manager:
         worker.job = None
         self._forget(job)
         self.counts["checks"] += 1
-        job.verdict.set_result(verdict._replace(ms=(time.monotonic() - worker.began) * 1e3))
+        job.verdict.set_result(verdict._replace(ms=(time.monotonic() - worker.since) * 1e3))
 
     def _discard(self, worker: _Worker) -> None:
         self._workers.discard(worker)
         self._selector.unregister(worker.socket)
         worker.socket.close()
-        if self._nursery:
+        if self._nursery and worker.process_id:
             self._nursery.kill(worker.process_id)
 
-    def _fail_one(self, verdict: Verdict) -> None:
-        with self._lock:
-            if not self._waiting:
-                return
-            job = self._waiting.popleft()
-        self._forget(job)
-        if job.verdict.set_running_or_notify_cancel():
-            job.verdict.set_result(verdict)
-        self._wake()
+    def _fail_waiting(self, verdict: Verdict) -> None:
+        while self._waiting:
+            with self._lock:
+                job = self._waiting.popleft()
+            self._forget(job)
+            if job.verdict.set_running_or_notify_cancel():
+                job.verdict.set_result(verdict)
 
     def _forget(self, job: Job) -> None:
         with self._lock:
             if self._asked.get(job.question) is job:
                 del self._asked[job.question]
 
-    def _lose_workers(self, why: Verdict) -> None:
+    def _lose_nursery(self) -> None:
+        """The nursery died, or never came up: so do its workers; the next question starts over."""
+        why = Verdict("error", "the parent of the reward workers died")
+        if not any(worker.process_id for worker in self._workers):
+            self._fail_waiting(Verdict("error", "no reward worker came up: is math-verify there?"))
+        self._end_workers(why)
+
+    def _end_workers(self, why: Verdict) -> None:
         for worker in list(self._workers):
             self._discard(worker)
             self._settle(worker, why)
         if self._nursery:
+            self._selector.unregister(self._nursery.socket)
             self._nursery.close()
             self._nursery = None
 
     def _shut_down(self) -> None:
         with self._lock:
             self._closing = True
-        self._lose_workers(_CLOSED)
-        while self._waiting:
-            self._fail_one(_CLOSED)
+        self._end_workers(_CLOSED)
+        self._fail_waiting(_CLOSED)
         self._selector.close()
         self._bell.close()
         self._ring.close()
@@ -304,61 +321,3 @@ def _verdict(reply: dict[str, object]) -> Verdict:
     if reply["equal"] is None:
         return Verdict("unparseable", str(reply.get("reason", "not read as mathematics")))
     return Verdict("correct", "equal") if reply["equal"] else Verdict("wrong", "not equal")
-
-
-class _Nursery:
-    """The process with math-verify imported, from which workers are forked in milliseconds."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        path = os.pathsep.join(
-            [str(Path(__file__).resolve().parents[1]), *(p for p in sys.path if p)]
-        )
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sse_rewards.worker"],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={"PYTHONPATH": path, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-        self._socket = ours
-        self._socket.settimeout(START_LIMIT)
-        self._number()
-
-    def fork(self) -> tuple[int, socket.socket]:
-        """A new worker: its process id and our end of its socket."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._socket, [b"fork".ljust(12)], [theirs.fileno()])
-        return self._number(), ours
-
-    def kill(self, process_id: int) -> None:
-        """Kill a worker that this nursery forked and has not reaped."""
-        try:
-            os.kill(process_id, signal.SIGKILL)
-            self._socket.sendall(b"%12d" % process_id)
-        except OSError:
-            return
-
-    def abandon(self) -> None:
-        self._socket.close()
-
-    def close(self) -> None:
-        """End the process and with it every worker it forked."""
-        self._socket.close()
-        try:
-            self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _number(self) -> int:
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            byte = self._socket.recv(1)
-            if not byte:
-                raise RuntimeError("the process that imports math-verify ended; is it installed?")
-            line += byte
-        return int(line)

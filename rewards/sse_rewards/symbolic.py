@@ -26,11 +26,11 @@ _POINTS = ((17, 23, 5, 41), (29, 19, 7, 43), (-31, 37, -3, 47))
 
 def same_mathematics(prediction: str, gold: str) -> bool | None:
     """Whether two expressions agree wherever both are defined; None if either cannot be read, or
-    is no expression. Their letters must be the same, for the grammar ignores case."""
+    is no expression. Other letters are another answer; the grammar ignores their case."""
     if _MISREAD.search(prediction) or _MISREAD.search(gold):
         return None
     if _letters(prediction) != _letters(gold):
-        return None
+        return False
     ours, theirs = _read(f"\\boxed{{{_exact(prediction)}}}"), _read(f"${_exact(gold)}$")
     if ours is None or theirs is None:
         return None

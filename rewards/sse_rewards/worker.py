@@ -1,10 +1,9 @@
 """The processes that touch sympy: a nursery that imports it once, and its killable children.
 
-`python -m sse_rewards.worker` is the nursery. Its standard input is a socket to the parent: each
-message carries one end of a new socket and asks for a child that serves it; the answer is the
-child's process id. A message without a socket, twelve bytes long, names a dead child to reap, so
-that an id stays taken until the parent is done with it. When the parent's end closes, were it by
-kill -9, the nursery kills its children and leaves; none outlives the parent.
+`python -m sse_rewards.worker` is the nursery. Its standard input is a socket to the parent: a
+message with a socket attached asks for a child that serves it, one without names a dead child to
+reap, so that an id stays taken until the parent is done with it. Messages are twelve bytes. When
+the parent's end closes, were it by kill -9, the nursery kills its children and leaves.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import gc
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -22,23 +22,30 @@ MEMORY_LIMIT = 2 << 30
 RECURSION_LIMIT = 5000
 """Deep enough for any answer within the size limits."""
 DIGIT_LIMIT = 20_000
+WARM_UP = (
+    (r"\lfloor\frac{n}{2}\rfloor+\sqrt[3]{x}", r"\lfloor n/2\rfloor-\sinh(2x)"),
+    (r"3\log x - \log_2{5}", r"\log\frac{x^3}{2}"),
+    (r"-2\arccos\left(\frac{y}{2}\right)\cdot e^{-x}", r"(x+1)^{2}\pi-\arcsin y"),
+)
+"""The grammar is slow on what it sees for the first time; the nursery learns it when idle."""
 FORBIDDEN = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn")
 FORBIDDEN_ALONE = {"os.system", "os.remove", "os.rename", "os.rmdir", "os.kill"}
 
 
 def nursery() -> None:
-    """Import math-verify, say so, then fork a child for every socket received."""
+    """Import math-verify, then fork a child for every socket received."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = socket.socket(fileno=os.dup(0))
-    from . import symbolic
+    from . import compare
+    from .symbolic import same_mathematics
 
-    symbolic.same_mathematics(r"\frac{x^2-1}{x+1}+\sqrt{8}", r"x-1+2\sqrt{2}")
+    assert compare.answers_equal(r"\arctan x", r"\arctan(x)+0", same_mathematics)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    gc.collect()
-    gc.freeze()
+    unseen = list(WARM_UP)
     children: set[int] = set()
-    parent.sendall(b"0\n")
     while True:
+        while unseen and not select.select([parent], [], [], 0)[0]:
+            same_mathematics(*unseen.pop())
         message, sockets, _, _ = socket.recv_fds(parent, 12, 1)
         if not message:
             for child in children:
@@ -49,6 +56,7 @@ def nursery() -> None:
                 children.remove(int(message))
                 os.waitpid(int(message), 0)
             continue
+        gc.freeze()
         child = os.fork()
         if child == 0:
             parent.close()
@@ -56,23 +64,23 @@ def nursery() -> None:
             os._exit(0)
         children.add(child)
         os.close(sockets[0])
-        parent.sendall(b"%d\n" % child)
 
 
 def _serve(parent: socket.socket) -> None:
-    """Answer questions, one JSON line each, until the socket closes. JSON escapes everything but
-    ASCII, lone surrogates too."""
+    """Say hello, then answer questions, one JSON line each, until the socket closes. JSON escapes
+    everything but ASCII, lone surrogates too."""
     from .compare import answers_equal
     from .symbolic import same_mathematics
 
     _confine()
+    parent.sendall(json.dumps({"process_id": os.getpid()}).encode() + b"\n")
     lines = parent.makefile("rb")
     for line in lines:
         question: dict[str, Any] = json.loads(line)
         _limit_cpu(question["seconds"])
         try:
             verdict = answers_equal(question["prediction"], question["gold"], same_mathematics)
-            reply = {"equal": verdict}
+            reply: dict[str, Any] = {"equal": verdict}
         except (MemoryError, RecursionError) as failure:
             reply = {"error": f"{type(failure).__name__} in the symbolic check"}
         except Exception as failure:  # sympy raises anything; here failing means 0
@@ -83,7 +91,6 @@ def _serve(parent: socket.socket) -> None:
 
 
 def _confine() -> None:
-    os.nice(5)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(RECURSION_LIMIT)
