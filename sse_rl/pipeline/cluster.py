@@ -14,6 +14,11 @@ from sse_rl.errors import UserError
 from sse_rl.recipe import Recipe
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+KEEP_FREED_MEMORY = {
+    "env_vars": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+}
+"""A runtime environment for actors that compute on CPU: glibc then reuses large buffers instead of
+asking the kernel for fresh pages each time, which halves the time of a small decode step."""
 
 
 def connect(address: str) -> None:

@@ -173,7 +173,9 @@ def make_pool(spec: EngineSpec) -> RolloutPool:
     """Rollout workers as the recipe's rollout section says."""
     rollout = spec.rollout
     actor = ray.remote(RolloutWorker).options(
-        num_cpus=rollout.num_cpus_per_worker, num_gpus=rollout.num_gpus_per_worker
+        num_cpus=rollout.num_cpus_per_worker,
+        num_gpus=rollout.num_gpus_per_worker,
+        runtime_env=cluster.KEEP_FREED_MEMORY,
     )
     return RolloutPool(
         lambda: actor.remote(spec),

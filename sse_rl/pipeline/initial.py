@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from sse_rl.errors import UserError
+from sse_rl.pipeline import cluster
 from sse_rl.pipeline.checkpoint import atomic_folder
 from sse_rl.recipe import Recipe
 from sse_rl.report.console import RunConsole
@@ -81,7 +82,10 @@ def sft(
         return target
     resources = recipe.cluster
     task = ray.remote(run_sft).options(
-        num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus, max_retries=0
+        num_cpus=resources.learner_cpus,
+        num_gpus=resources.learner_gpus,
+        max_retries=0,
+        runtime_env=cluster.KEEP_FREED_MEMORY,
     )
     call = task.remote(recipe, str(run_dir))
     while not ray.wait([call], timeout=POLL_S)[0]:

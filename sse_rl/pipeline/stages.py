@@ -300,7 +300,11 @@ class Job:
         resources = self.recipe.cluster
         learner = (
             ray.remote(LearnerWorker)
-            .options(num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus)
+            .options(
+                num_cpus=resources.learner_cpus,
+                num_gpus=resources.learner_gpus,
+                runtime_env=cluster.KEEP_FREED_MEMORY,
+            )
             .remote(
                 str(base),
                 grpo,

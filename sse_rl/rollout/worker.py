@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,5 +72,7 @@ class RolloutWorker:
                 return finished
 
     def abort(self, request_ids: list[str]) -> None:
+        """Forget requests; those that finished meanwhile are not an error."""
         for request_id in request_ids:
-            self.engine.abort(request_id)
+            with suppress(KeyError):
+                self.engine.abort(request_id)
