@@ -1,7 +1,7 @@
 """Tile widths, warps and pipeline stages of every kernel, measured once per GPU generation.
 
-Filled by kernels/benchmarks/search_blocks.py. The choice follows from the GPU, the dtype and the head
-width alone, never from the number of tokens: a sequence's bits must not depend on its company.
+Filled by kernels/benchmarks/search_blocks.py. The choice follows from GPU, dtype and head width
+alone, never from the number of tokens: a sequence's bits must not depend on its company.
 """
 
 from __future__ import annotations
@@ -27,36 +27,65 @@ class Blocks(NamedTuple):
     stages: int
 
 
+# fmt: off
 _SAFE = {
-    "gla_prepare": {16: Blocks(64, 0, 4, 1), 128: Blocks(64, 0, 8, 1)},
-    "gla_fwd": {16: Blocks(0, 64, 4, 1), 256: Blocks(0, 32, 8, 1)},
-    "gla_states": {16: Blocks(64, 64, 4, 1)},
-    "gla_dstates": {16: Blocks(0, 64, 4, 1), 256: Blocks(0, 32, 8, 1)},
-    "gla_dscores": {16: Blocks(0, 64, 4, 1)},
+    "gla_prepare": {1: Blocks(64, 0, 2, 1), 64: Blocks(64, 0, 4, 1)},
+    "gla_fwd": {
+        1: Blocks(0, 64, 2, 1),
+        64: Blocks(0, 64, 4, 1),
+        128: Blocks(0, 64, 8, 1),
+        256: Blocks(0, 32, 4, 1),
+    },
+    "gla_states": {1: Blocks(64, 64, 2, 1), 64: Blocks(64, 64, 4, 1)},
+    "gla_dstates": {1: Blocks(0, 64, 2, 1), 64: Blocks(0, 64, 4, 1), 256: Blocks(0, 32, 4, 1)},
+    "gla_dscores": {1: Blocks(0, 64, 2, 1), 64: Blocks(0, 64, 4, 1)},
+    "gla_dqk": {1: Blocks(64, 64, 2, 1), 64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 8, 1)},
     "gla_step": {1: Blocks(0, 16, 4, 1)},
-    "gla_dqk": {16: Blocks(64, 64, 4, 1)},
 }
-"""Kernel -> head width from which the entry holds -> launch parameters."""
+# fmt: on
+"""Kernel -> head width from which the entry holds -> launch parameters.
 
-_MEASURED: dict[int, dict[str, dict[int, Blocks]]] = {9: {}}
+Under a width of 64 the kernels run on 2 warps: on 4, triton 3.6 compiles products with tiles of 32
+bf16 columns into warpgroup instructions that read shared memory out of bounds.
+"""
+
+_MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
+    9: {
+        "gla_prepare": {64: Blocks(128, 0, 4, 1)},
+        "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 2)},
+        "gla_states": {64: Blocks(128, 128, 8, 2)},
+        "gla_dqk": {64: Blocks(64, 64, 4, 1)},
+        "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 2)},
+    }
+}
 """Compute capability (major) -> entries that replace the safe ones."""
 
 
 def block_sizes(kernel: str, x: Tensor, width: int) -> Blocks:
     """Launch parameters of `kernel` on the device of `x` for heads of this width."""
-    return _lookup(kernel, x.device, x.dtype == torch.float32, width)
+    if x.device.type != "cuda" or x.dtype == torch.float32:
+        return blocks_for(kernel, width, None)
+    return blocks_for(kernel, width, _generation(x.device))
 
 
 @functools.cache
-def _lookup(kernel: str, device: torch.device, single: bool, width: int) -> Blocks:
-    table = _SAFE[kernel]
-    if device.type == "cuda" and not single:
-        major = torch.cuda.get_device_capability(device)[0]
-        if major not in _MEASURED:
-            _log.warning(
-                "no measured block sizes for %s (compute capability %d.x): safe ones serve; "
-                "kernels/benchmarks/search_blocks.py finds better ones",
-                torch.cuda.get_device_name(device), major,
-            )  # fmt: skip
-        table = _MEASURED.get(major, {}).get(kernel, table)
-    return table[max(w for w in table if w <= width)]
+def blocks_for(kernel: str, width: int, generation: int | None) -> Blocks:
+    """The table's entry for a compute capability's major number; None: the safe entry."""
+    for table in (_MEASURED.get(generation, {}).get(kernel, {}), _SAFE[kernel]):
+        fitting = [w for w in table if w <= width]
+        if fitting:
+            return table[max(fitting)]
+    raise ValueError(f"block sizes: no entry of {kernel} for heads of width {width}")
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    major = torch.cuda.get_device_capability(device)[0]
+    if major not in _MEASURED:
+        _log.warning(
+            "no measured block sizes for %s (compute capability %d.x): safe ones serve; "
+            "kernels/benchmarks/search_blocks.py finds better ones",
+            torch.cuda.get_device_name(device),
+            major,
+        )
+    return major

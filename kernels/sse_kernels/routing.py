@@ -42,8 +42,21 @@ def route(logits: Tensor, k: int, *, ids: Tensor | None = None) -> Routing:
         logits = logits.float()
     probs = logits.softmax(-1)
     if ids is None:
-        ids = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        ids = _largest(logits.detach(), k)
     else:
         expect_ids("route", ids, (tokens, k), partitions, logits.device)
-    ids = ids.long().sort(dim=-1).values
+        ids = ids.long().sort(dim=-1).values if k > 1 else ids.long()
     return Routing(ids, probs.gather(-1, ids), probs)
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """[T, K] partitions of the K largest logits, ascending; ties to the lowest index."""
+    if logits.is_cuda and logits.dtype == torch.float32:
+        try:
+            from .triton_route import top_partitions
+        except ImportError:
+            pass
+        else:
+            return top_partitions(logits, k)
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=-1).values

@@ -1,4 +1,4 @@
-"""Which rows every (sequence, partition) pair sweeps, laid out on the device without waiting for it.
+"""Which tokens each (sequence, partition) pair sweeps, laid out on the device without waiting.
 
 All sizes follow from shapes alone, so that a plan can be made inside a CUDA graph or torch.compile.
 """
@@ -25,7 +25,7 @@ class RoutingPlan(NamedTuple):
     """
 
     rows: Tensor
-    """[M, CHUNK] int32: s * T + t for token t in output slot s (0 shared, 1 + j choice j), or -1."""
+    """[M, CHUNK] int32: s * T + t for token t in output slot s (0 shared, else 1 + j), or -1."""
     segments: Tensor
     """[2, (1+N)*B] int32: number of chunks, and the running sum of it."""
     chunks: Tensor
@@ -105,7 +105,7 @@ def plan_member_kernel(
 
 @triton.jit
 def _members_before(member, n, t, tokens, mask):
-    """How many tokens before t, of all partitions up to n in (partition, token) order, are members."""
+    """How many members come before (n, t) in (partition, token) order."""
     flat = n * tokens + t
     return tl.load(member + flat - 1, mask=mask & (flat > 0), other=0)
 

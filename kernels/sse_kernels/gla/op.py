@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from ..checks import expect_cu_seqlens, expect_initial_state, expect_slots, expect_streams
@@ -43,7 +46,7 @@ def sse_gla(
     expect_cu_seqlens(op, cu_seqlens, len(v), v.device)
     shape = (len(cu_seqlens) - 1, 1 + routing.probs.shape[1], *v.shape[1:], q1.shape[2])
     expect_initial_state(op, initial_state, shape, v)
-    return chunk_sse_gla(
+    return _chunk_form(q1, v)(
         q1,
         k1,
         q2,
@@ -81,4 +84,27 @@ def sse_gla_step(
     expect_streams(op, q, v, {}, routing)
     row = (1 + routing.probs.shape[1], *v.shape[1:], q1.shape[2])
     expect_slots(op, state, slots, row, v)
-    return recurrent_sse_gla_step(q1, k1, q2, k2, v, g1, g2, routing, state=state, slots=slots)
+    return _step_form(v, state)(q1, k1, q2, k2, v, g1, g2, routing, state=state, slots=slots)
+
+
+def _chunk_form(q1: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The Triton kernels on a GPU if they know these widths, else torch's form."""
+    if v.is_cuda:
+        try:
+            from .triton_chunk import triton_sse_gla
+            from .triton_shapes import triton_serves
+        except ImportError:
+            return chunk_sse_gla
+        if triton_serves(q1.shape[2], v.shape[2], v.dtype):
+            return triton_sse_gla
+    return chunk_sse_gla
+
+
+def _step_form(v: Tensor, state: Tensor) -> Callable[..., Tensor]:
+    if v.is_cuda and torch.float64 not in (v.dtype, state.dtype) and state.is_contiguous():
+        try:
+            from .triton_step import triton_sse_gla_step
+        except ImportError:
+            return recurrent_sse_gla_step
+        return triton_sse_gla_step
+    return recurrent_sse_gla_step

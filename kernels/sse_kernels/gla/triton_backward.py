@@ -1,7 +1,7 @@
 """SSE-GLA backward: two sweeps rebuild the chunks' states h and dh, then every chunk stands alone.
 
-With the notation of triton_prepare, h the state before a chunk, dh the gradient of the state after it,
-and D = tril(do v^T):
+With the notation of triton_prepare, h the state before a chunk, dh the gradient of the state after
+it, and D = tril(do v^T):
     dq' = D k' + e^r_q do h^T               dq = scale w e^(G - r_q) dq'
     dk' = D^T q' + e^(G_C - r_k) v dh^T     dk = w e^(r_k - G) dk'
     dv  = A^T do + (e^(G_C - r_k) k') dh    dw = sum_d (q' dq' + k' dk') / w
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..block_sizes import block_sizes
 from .triton_forward import sum_slots
-from .triton_prepare import Prepared, prepare
+from .triton_prepare import prepare
 from .triton_shapes import GlaShapes, dot_precision
 from .triton_steep import add_steep_gradients
 from .triton_tiles import load_rows, load_weights
@@ -45,7 +45,7 @@ def gla_backward(
     common = dict(H=shapes.h, HV=heads, DK=dk, DV=shapes.dv, C=shapes.chunk)
     common["PRECISION"] = dot_precision(v)
 
-    blocks = block_sizes("gla_states", v, dk)
+    blocks = block_sizes("gla_states", v, shapes.width)
     block_k, block_v = min(blocks.k, dk), min(blocks.v, triton.next_power_of_2(shapes.dv))
     tiles = dk // block_k * triton.cdiv(shapes.dv, block_v)
     gla_states_kernel[(tiles * heads * shapes.segments,)](
@@ -53,7 +53,7 @@ def gla_backward(
         t, shapes.sequences, len(chunks), N=shapes.n, BK=block_k, BV=block_v,
         num_warps=blocks.warps, num_stages=blocks.stages, **common,
     )  # fmt: skip
-    blocks = block_sizes("gla_dstates", v, dk)
+    blocks = block_sizes("gla_dstates", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     gla_dstates_kernel[(triton.cdiv(shapes.dv, block_v) * heads * shapes.segments,)](
         *prepared[:4], do, rows, segments, dfinal, dh, dinitial, dv,
@@ -62,7 +62,7 @@ def gla_backward(
     )  # fmt: skip
 
     dscores = prepared.scores.new_empty(len(chunks), heads, shapes.chunk, shapes.chunk)
-    blocks = block_sizes("gla_dscores", v, dk)
+    blocks = block_sizes("gla_dscores", v, shapes.width)
     gla_dscores_kernel[(len(chunks) * heads,)](
         v, do, prepared.steep, rows, chunks, dscores, t,
         BV=min(blocks.v, triton.next_power_of_2(shapes.dv)),
@@ -71,7 +71,7 @@ def gla_backward(
     dq1, dk1 = (q1.new_empty(1, t, heads, dk) for _ in range(2))
     dq2, dk2 = (q1.new_empty(k, t, heads, dk) for _ in range(2))
     dg1, dg2 = (g1.new_empty(s, t, heads, dk, dtype=torch.float32) for s in (1, k))
-    blocks = block_sizes("gla_dqk", v, dk)
+    blocks = block_sizes("gla_dqk", v, shapes.width)
     block_k = min(blocks.k, dk)
     dw = weights.new_empty(t, k, heads * (dk // block_k), dtype=torch.float32)
     gla_dqk_kernel[(len(chunks) * heads * (dk // block_k),)](

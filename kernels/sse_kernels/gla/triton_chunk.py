@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ def triton_sse_gla(
 def _gla(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, g1: Tensor, g2: Tensor,
     weights: Tensor, rows: Tensor, segments: Tensor, chunks: Tensor, partitions: int,
-    initial_state: Optional[Tensor], output_final_state: bool,
+    initial_state: Tensor | None, output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shapes = gla_shapes(q1, v, weights, segments, partitions)
     final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
@@ -82,7 +80,7 @@ def _empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: 
 def _gla_backward(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, g1: Tensor, g2: Tensor,
     weights: Tensor, rows: Tensor, segments: Tensor, chunks: Tensor, partitions: int,
-    initial_state: Optional[Tensor], do: Tensor, dfinal: Optional[Tensor],
+    initial_state: Tensor | None, do: Tensor, dfinal: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     shapes = gla_shapes(q1, v, weights, segments, partitions)
     return list(
@@ -95,7 +93,8 @@ def _gla_backward(
 
 @_gla_backward.register_fake
 def _(
-    q1, k1, q2, k2, v, g1, g2, weights, rows, segments, chunks, partitions, initial_state, do, dfinal
+    q1, k1, q2, k2, v, g1, g2, weights, rows, segments, chunks, partitions, initial_state,
+    do, dfinal,
 ):  # fmt: skip
     inputs = [q1, k1, q2, k2, v, g1, g2, weights]
     if initial_state is not None:

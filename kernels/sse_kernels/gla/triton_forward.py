@@ -26,12 +26,12 @@ def gla_forward(
     final_state: Tensor | None,
     shapes: GlaShapes,
 ) -> Tensor:
-    """o [T, Hv, Dv]; writes `final_state` if given. tokens: q1, k1, q2, k2, v, g1, g2, contiguous."""
+    """o [T, Hv, Dv]; writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 g2, contiguous."""
     v = tokens[4]
     rows, segments, chunks = plan
     prepared = prepare(tokens, weights, plan, shapes, backward=False)
     slots = v.new_empty(1 + shapes.k, *v.shape)
-    blocks = block_sizes("gla_fwd", v, shapes.dk)
+    blocks = block_sizes("gla_fwd", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
     gla_fwd_kernel[(blocks_v * shapes.hv * shapes.segments,)](

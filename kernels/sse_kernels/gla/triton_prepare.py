@@ -1,4 +1,4 @@
-"""The part of SSE-GLA that every chunk does alone: decays into queries and keys, and their products.
+"""What every chunk of SSE-GLA does alone: decays into queries and keys, and their products.
 
 With G the decays summed inside a chunk, r_q and r_k reference points (see `references`):
     q' = scale w q e^(G - r_q)     k' = w k e^(r_k - G)     A = tril(q' k'^T)
@@ -56,7 +56,7 @@ def prepare(
         q1.new_empty(m, h, dtype=torch.int8),
         q1.new_empty((m, h, c, dk) if backward else 0, dtype=dtype),
     )
-    blocks = block_sizes("gla_prepare", q1, dk)
+    blocks = block_sizes("gla_prepare", q1, shapes.width)
     gla_prepare_kernel[(m * h,)](
         q1, k1, q2, k2, g1, g2, weights, rows, chunks, *out,
         shapes.tokens, shapes.sequences,
@@ -114,7 +114,7 @@ def gla_prepare_kernel(
         else:
             a = tl.dot(b_q, tl.trans(b_k), a, input_precision=PRECISION)
     tl.store(steep_out + head, steep.to(tl.int8))
-    if BACKWARD:
+    if BACKWARD:  # noqa: SIM108 (a constexpr branch)
         seen = i_c[:, None] <= i_c[None, :]
     else:
         seen = i_c[:, None] >= i_c[None, :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ..routing_plan import CHUNK
@@ -27,6 +28,12 @@ class GlaShapes(NamedTuple):
     def segments(self) -> int:
         """Sequences times streams."""
         return self.sequences * (1 + self.n)
+
+    @property
+    def width(self) -> int:
+        """The head width by which block sizes are chosen: Dk, or the narrower if it is under 64."""
+        narrow = min(self.dk, triton.next_power_of_2(self.dv))
+        return self.dk if narrow >= 64 else narrow
 
 
 def gla_shapes(q: Tensor, v: Tensor, weights: Tensor, segments: Tensor, n: int) -> GlaShapes:

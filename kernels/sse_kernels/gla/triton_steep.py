@@ -27,8 +27,9 @@ def add_steep_outputs(
     gla_steep_fwd_kernel[(len(plan[2]),)](
         *tokens, weights, plan[0], plan[2], steep, slots,
         shapes.tokens, shapes.sequences,
-        H=shapes.h, HP=triton.next_power_of_2(shapes.h), HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, K=shapes.k,
-        C=shapes.chunk, BV=triton.next_power_of_2(shapes.dv), SCALE=shapes.dk**-0.5, num_warps=8,
+        H=shapes.h, HP=triton.next_power_of_2(shapes.h), HV=shapes.hv,
+        DK=shapes.dk, DV=shapes.dv, K=shapes.k, C=shapes.chunk,
+        BV=triton.next_power_of_2(shapes.dv), SCALE=shapes.dk**-0.5, num_warps=8,
     )  # fmt: skip
 
 
@@ -45,9 +46,10 @@ def add_steep_gradients(
     gla_steep_bwd_kernel[(len(plan[2]),)](
         *tokens, weights, plan[0], plan[2], do, *gradients, steep,
         shapes.tokens, shapes.sequences,
-        H=shapes.h, HP=triton.next_power_of_2(shapes.h), HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, K=shapes.k,
-        C=shapes.chunk, BV=triton.next_power_of_2(shapes.dv), SCALE=shapes.dk**-0.5, DW=gradients[-1].shape[-1],
-        num_warps=8,
+        H=shapes.h, HP=triton.next_power_of_2(shapes.h), HV=shapes.hv,
+        DK=shapes.dk, DV=shapes.dv, K=shapes.k, C=shapes.chunk,
+        BV=triton.next_power_of_2(shapes.dv), SCALE=shapes.dk**-0.5,
+        DW=gradients[-1].shape[-1], num_warps=8,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the SSE-GLA kernels read alike: a chunk's rows, its decays and its scaled queries and keys."""
+"""What the SSE-GLA kernels read alike: a chunk's rows, their weights and decays."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def load_decays(g, tile, mask):
 
 @triton.jit
 def references(total, LIMIT: tl.constexpr):
-    """Reference points of q and k for channels whose decays sum to `total` [D], and if any is steep.
+    """Reference points of q and k, and if any channel is steep; `total` [D] sums the decays.
 
-    q e^(G - r) and k e^(r - G) with r = total / 2 stay in range while |total| <= LIMIT. A steep channel
-    takes r = 0 for q and r = total for k: right for all that crosses the chunk's border, while the
-    pairs inside the chunk are left to the exact kernels of triton_steep.
+    q e^(G - r) and k e^(r - G) with r = total / 2 stay in range while |total| <= LIMIT. A steep
+    channel takes r = 0 for q and r = total for k: right for all that crosses the chunk's border,
+    while the pairs inside the chunk are left to the exact kernels of triton_steep.
     """
     steep = total < -LIMIT
     half = total * 0.5

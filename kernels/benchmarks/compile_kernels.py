@@ -1,0 +1,107 @@
+"""Compiles the Triton kernels for a GPU that need not be here: registers, spills, shared memory.
+
+    python kernels/benchmarks/compile_kernels.py --capability 90 [--width 128] [KERNEL ...]
+
+Prints one JSON object a kernel. Heads of `width` channels, 16 heads, bf16, K = 1, N = 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from sse_kernels.block_sizes import blocks_for
+from sse_kernels.gla import triton_backward, triton_forward, triton_prepare, triton_step
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+KERNELS = {
+    "gla_prepare": triton_prepare.gla_prepare_kernel,
+    "gla_fwd": triton_forward.gla_fwd_kernel,
+    "gla_states": triton_backward.gla_states_kernel,
+    "gla_dstates": triton_backward.gla_dstates_kernel,
+    "gla_dscores": triton_backward.gla_dscores_kernel,
+    "gla_dqk": triton_backward.gla_dqk_kernel,
+    "gla_step": triton_step.gla_step_kernel,
+}
+_INTEGERS = {"T", "B", "M", "S"}
+_ABSENT = {"initial_state", "final_state", "dfinal", "dinitial"}
+_FP32 = {"g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state"}
+_INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32", "ids": "*i64", "slots": "*i64"}
+
+
+def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
+    """Compile with the block sizes that this GPU generation would take."""
+    kernel, blocks = KERNELS[name], blocks_for(name, width, capability // 10)
+    constants = {
+        "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
+        "BK": min(blocks.k, width), "BV": min(blocks.v, width), "SCALE": width**-0.5,
+        "BACKWARD": True, "PRECISION": "tf32",
+    }  # fmt: skip
+    signature, constexprs, attributes = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants or (argument in _ABSENT):
+            signature[argument] = "constexpr"
+            constexprs[(i,)] = constants.get(argument)
+        elif argument in _INTEGERS:
+            signature[argument] = "i32"
+        else:
+            signature[argument] = _pointer(argument, kernel is triton_step.gla_step_kernel)
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+    )
+    registers, spills = _assembled(compiled.asm["ptx"])
+    return {
+        "kernel": name,
+        "capability": capability,
+        "width": width,
+        "registers": registers,
+        "spill_bytes": spills,
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def _pointer(argument: str, step: bool) -> str:
+    if argument.startswith("steep"):
+        return "*i8"
+    if argument == "slots" and not step:
+        return "*bf16"
+    return _INDEX.get(argument) or ("*fp32" if argument in _FP32 else "*bf16")
+
+
+def _assembled(ptx: str) -> tuple[int, int]:
+    """Registers a thread and bytes of spill stores, from the assembler's report."""
+    architecture = re.search(r"\.target (sm_\w+)", ptx)
+    assert architecture is not None
+    assembler = get_ptxas(int(re.sub(r"\D", "", architecture[1]))).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", "--gpu-name", architecture[1], file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores", report)
+    assert registers is not None and spills is not None, report
+    return int(registers[1]), int(spills[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--width", type=int, default=128)
+    arguments = parser.parse_args()
+    for name in arguments.kernels or KERNELS:
+        print(json.dumps(compile_kernel(name, arguments.width, arguments.capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The hot kernels compile for GPUs that are not here, and keep their values in registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[2] / "kernels/benchmarks/compile_kernels.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [
+        (80, ["gla_fwd", "gla_dqk"]),
+        (90, ["gla_fwd", "gla_dstates", "gla_dqk", "gla_step"]),
+        (100, ["gla_fwd", "gla_dqk"]),
+    ],
+)
+def test_hot_kernels_do_not_spill(capability, kernels):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--capability", str(capability), *kernels]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [report["kernel"] for report in reports] == kernels
+    for report in reports:
+        assert report["spill_bytes"] == 0, report
+        assert report["shared_bytes"] <= 227 * 1024, report

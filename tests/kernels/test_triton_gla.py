@@ -1,0 +1,79 @@
+"""The Triton form of SSE-GLA in fp32 against the definition, in triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+import sse_kernels
+from sse_kernels.gla.triton_chunk import triton_sse_gla
+from sse_kernels.gla.triton_step import triton_sse_gla_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 2e-5  # measured 3e-7; in steep chunks 6e-6, the rounding of the summed decays
+
+
+def assert_agrees(case, difference):
+    naive = case.to(torch.float64).results(case.form("naive"))
+    errors = difference(case.results(triton_sse_gla), naive)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu holds these cases")
+
+
+def test_agrees_with_the_definition(make_case, difference):
+    shape = {"heads": 1, "dk": 16, "dv": 16, "partitions": 3}
+    assert_agrees(make_case("gla", [1, 65, 0, 2], dtype=torch.float32, **shape), difference)
+
+
+def test_two_partitions_a_token_and_shared_query_heads(make_case, difference):
+    shape = {"heads": 1, "value_heads": 2, "dk": 16, "dv": 24, "partitions": 3, "k": 2}
+    case = make_case("gla", [66], resumed=False, dtype=torch.float32, **shape)
+    assert_agrees(case, difference)
+
+
+def test_decays_beyond_one_exponent_stay_exact(make_case, difference):
+    shape = {"heads": 1, "dk": 16, "dv": 16, "partitions": 2, "k": 2}
+    case = make_case("gla", [18], dtype=torch.float32, **shape)
+    for name in ("g1", "g2"):
+        steep = case.tokens[name].detach() * torch.tensor([0.1, 1, 40, 400]).repeat(4)
+        case.tokens[name] = steep.requires_grad_()
+    assert_agrees(case, difference)
+
+
+def test_packed_equals_alone_to_the_bit(make_case):
+    shape = {"heads": 1, "dk": 16, "dv": 16, "partitions": 2}
+    case = make_case("gla", [3, 66], dtype=torch.float32, **shape)
+    with torch.no_grad():
+        o, state = case.forward(triton_sse_gla)
+        alone, final = case.alone(1).forward(triton_sse_gla)
+    assert torch.equal(o[case.rows(1)], alone)
+    assert torch.equal(state[1:], final)
+
+
+def test_a_call_without_tokens_returns_the_initial_state(make_case):
+    case = make_case("gla", [0, 0], heads=1, dk=16, dv=16, dtype=torch.float32)
+    o, state = case.forward(triton_sse_gla)
+    assert o.shape == (0, 1, 16)
+    assert torch.equal(state, case.initial_state)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_step_changes_states_in_place(k, make_case):
+    shape = {"value_heads": 4, "dk": 16, "dv": 24, "partitions": 5, "k": k}
+    case = make_case("gla", [3], dtype=torch.float32, **shape)
+    routing = sse_kernels.route(case.tokens["logits"], k)
+    args = [x for name, x in case.tokens.items() if name != "logits"]
+    states = torch.randn(6, *case.initial_state.shape[1:])
+    expected, slots = states.clone(), torch.tensor([4, 1, 5])
+    o = sse_kernels.recurrent_sse_gla_step(*args, routing, state=expected, slots=slots)
+    found = triton_sse_gla_step(*args, routing, state=states, slots=slots)
+    torch.testing.assert_close(found, o)
+    torch.testing.assert_close(states, expected)
