@@ -88,6 +88,8 @@ class Manager:
         self._closing = False
         self._workers: set[_Worker] = set()
         self._nursery: Nursery | None = None
+        self._broken = False
+        """No worker came up: do not try again before the next question."""
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
         self._ring.setblocking(False)
@@ -164,7 +166,7 @@ class Manager:
             else:
                 self._forget(job)
         coming = sum(not w.process_id for w in self._workers)
-        wanted = max(1, min(len(self._waiting), places))
+        wanted = max(not self._broken, min(len(self._waiting), places))
         for _ in range(wanted - len(free) - coming):
             self._start()
 
@@ -217,6 +219,9 @@ class Manager:
         worker.received.clear()
         if not worker.process_id:
             worker.process_id = reply["process_id"]
+            self._broken = False
+            if self._nursery:
+                self._nursery.proven = True
             self.counts["started"] += 1
             return
         worker.checks += 1
@@ -292,7 +297,8 @@ class Manager:
     def _lose_nursery(self) -> None:
         """The nursery died, or never came up: so do its workers; the next question starts over."""
         why = Verdict("error", "the parent of the reward workers died")
-        if not any(worker.process_id for worker in self._workers):
+        if self._nursery and not self._nursery.proven:
+            self._broken = True
             self._fail_waiting(Verdict("error", "no reward worker came up: is math-verify there?"))
         self._end_workers(why)
 

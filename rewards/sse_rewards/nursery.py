@@ -20,12 +20,14 @@ class Nursery:
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
         """Readable only when the nursery is dead."""
+        self.proven = False
+        """Whether a worker of it came up."""
         package = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([package, *(entry for entry in sys.path if entry)])
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sse_rewards.worker"],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={"PYTHONPATH": path, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
@@ -49,7 +51,7 @@ class Nursery:
         """End the process and with it every worker it forked."""
         self.socket.close()
         try:
-            self._process.wait(1.0)
+            self._process.wait(5.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -50,6 +50,8 @@ def nursery() -> None:
         if not message:
             for child in children:
                 os.kill(child, signal.SIGKILL)
+            for child in children:
+                os.waitpid(child, 0)
             return
         if not sockets:
             if int(message) in children:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -40,17 +41,20 @@ def honest(n: int) -> tuple[tuple[str, str, str], bool]:
     return (rf"\boxed{{\frac{{{2 * shown}}}{{14}}}}", rf"\frac{{{n}}}{{7}}", "math"), right
 
 
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def alive(process_id: int) -> bool:
     try:
         with open(f"/proc/{process_id}/stat") as f:
             return f.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def gone(process_ids: Iterable[int]) -> bool:
+    """Whether all are gone, within five seconds."""
+    end = time.monotonic() + 5
+    while any(map(alive, process_ids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, process_ids))
 
 
 def workers_of(process_id: int) -> list[int]:
@@ -64,25 +68,26 @@ def workers_of(process_id: int) -> list[int]:
 
 
 def test_a_bomb_is_killed_at_the_limit_and_the_pool_goes_on():
-    with RewardPool(workers=1, time_limit=0.5) as pool:
+    with RewardPool(workers=1) as pool:
         pool.score(*MIXED[3])
         started = time.monotonic()
         assert pool.score(*bomb(1)).status == "timeout"
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < (
+            2.5 if pool.stats()["processes"]["starved"] == 0 else 5
+        )
         assert [r.correct for r in pool.score_batch(MIXED)] == MIXED_CORRECT
         assert pool.stats()["processes"]["kills"] == 1
 
 
 def test_honest_answers_do_not_wait_for_bombs():
-    with RewardPool(workers=1, time_limit=2.0) as pool:
+    with RewardPool(workers=1, time_limit=60.0) as pool:
         pool.score(*MIXED[3])
         bombs = threading.Thread(target=pool.score_batch, args=([bomb(n) for n in range(2)],))
         bombs.start()
         time.sleep(0.1)
-        started = time.monotonic()
         assert pool.score(r"\boxed{\arctan 3}", r"\arctan 3 + 0", "math").correct
-        assert time.monotonic() - started < 1.9
-        bombs.join()
+        assert bombs.is_alive()
+    bombs.join()
 
 
 @pytest.mark.slow
@@ -115,14 +120,16 @@ def test_a_batch_deadline_ends_the_batch_and_keeps_the_order():
 
 
 def test_a_worker_that_dies_costs_one_answer():
+    others = workers_of(os.getpid())
     with RewardPool(workers=1) as pool:
         assert pool.score(*MIXED[3]).correct
-        before = set(workers_of(os.getpid()))
+        before = [pid for pid in workers_of(os.getpid()) if pid not in others]
         check = threading.Thread(target=pool.score, args=bomb(7))
         check.start()
         time.sleep(0.3)
-        nursery, *workers = workers_of(os.getpid())
-        os.kill(workers[0], signal.SIGKILL)
+        nursery, *workers = [pid for pid in workers_of(os.getpid()) if pid not in others]
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
         check.join()
         assert pool.score(r"\boxed{\arctan 5}", r"\arctan 5 + 0", "math").correct
         os.kill(nursery, signal.SIGKILL)
@@ -131,7 +138,7 @@ def test_a_worker_that_dies_costs_one_answer():
         assert {r.status for r in results} <= {"wrong", "error"}
         assert pool.score(r"\boxed{\arctan 6}", r"\arctan 6 + 0", "math").correct
         assert pool.stats()["processes"]["crashes"] >= 1
-    assert not any(alive(pid) for pid in before)
+    assert gone(before)
 
 
 def test_a_worker_is_recycled_after_its_share_of_checks():
@@ -142,14 +149,15 @@ def test_a_worker_is_recycled_after_its_share_of_checks():
 
 
 def test_a_closed_pool_answers_with_an_error_and_leaves_no_process():
+    others = workers_of(os.getpid())
     pool = RewardPool(workers=2)
     assert pool.score(*MIXED[3]).correct
-    processes = workers_of(os.getpid())
+    processes = [pid for pid in workers_of(os.getpid()) if pid not in others]
     pool.close()
     pool.close()
     assert pool.score(r"\boxed{\arctan 9}", r"\frac{\pi}{9}", "math").status == "error"
     assert pool.score(*MIXED[0]).correct
-    assert not any(alive(pid) for pid in processes)
+    assert gone(processes)
 
 
 def test_no_process_outlives_a_parent_killed_with_9():
@@ -167,10 +175,7 @@ def test_no_process_outlives_a_parent_killed_with_9():
     assert len(processes) >= 2
     parent.kill()
     parent.wait()
-    end = time.monotonic() + 5
-    while any(alive(pid) for pid in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(alive(pid) for pid in processes)
+    assert gone(processes)
 
 
 def test_the_parent_stays_small():
