@@ -23,7 +23,7 @@ SLOW = 0.25
 """Seconds after which a check counts as slow: it gives its place to another."""
 SLOW_PLACES = 2
 """Slow checks that may go on beside the normal ones, a worker."""
-START_LIMIT = 30.0
+START_LIMIT = 120.0
 """Seconds that a worker may take to come up, the import of math-verify included."""
 STARVED = 0.05
 """A check that had less than this share of a core until its limit gets as much time again."""

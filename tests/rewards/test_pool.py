@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sse_rewards import RewardPool
 
+PATIENT = 60.0
+"""A limit that honest checks keep even on a machine that is busy with other things."""
 MIXED = [
     (r"\boxed{204}", "204", "aime"),
     (r"\boxed{205}", "204", "aime"),
@@ -50,8 +52,8 @@ def alive(process_id: int) -> bool:
 
 
 def gone(process_ids: Iterable[int]) -> bool:
-    """Whether all are gone, within five seconds."""
-    end = time.monotonic() + 5
+    """Whether all are gone, within half a minute."""
+    end = time.monotonic() + 30
     while any(map(alive, process_ids)) and time.monotonic() < end:
         time.sleep(0.05)
     return not any(map(alive, process_ids))
@@ -121,7 +123,7 @@ def test_a_batch_deadline_ends_the_batch_and_keeps_the_order():
 
 def test_a_worker_that_dies_costs_one_answer():
     others = workers_of(os.getpid())
-    with RewardPool(workers=1) as pool:
+    with RewardPool(workers=1, time_limit=PATIENT) as pool:
         assert pool.score(*MIXED[3]).correct
         before = [pid for pid in workers_of(os.getpid()) if pid not in others]
         check = threading.Thread(target=pool.score, args=bomb(7))
@@ -142,7 +144,7 @@ def test_a_worker_that_dies_costs_one_answer():
 
 
 def test_a_worker_is_recycled_after_its_share_of_checks():
-    with RewardPool(workers=1, recycle_after=2) as pool:
+    with RewardPool(workers=1, time_limit=PATIENT, recycle_after=2) as pool:
         for n in range(1, 6):
             assert pool.score(rf"\boxed{{\arctan {n}}}", rf"\arctan {n} + 0", "math").correct
         assert pool.stats()["processes"]["recycled"] == 2
@@ -150,7 +152,7 @@ def test_a_worker_is_recycled_after_its_share_of_checks():
 
 def test_a_closed_pool_answers_with_an_error_and_leaves_no_process():
     others = workers_of(os.getpid())
-    pool = RewardPool(workers=2)
+    pool = RewardPool(workers=2, time_limit=PATIENT)
     assert pool.score(*MIXED[3]).correct
     processes = [pid for pid in workers_of(os.getpid()) if pid not in others]
     pool.close()
@@ -192,7 +194,7 @@ def test_the_parent_stays_small():
 
 def test_workers_have_no_environment_and_write_no_files(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    with RewardPool(workers=1) as pool:
+    with RewardPool(workers=1, time_limit=PATIENT) as pool:
         assert pool.score(*MIXED[3]).correct
         for pid in workers_of(os.getpid()):
             with open(f"/proc/{pid}/environ") as f:
@@ -200,7 +202,7 @@ def test_workers_have_no_environment_and_write_no_files(monkeypatch):
 
 
 def test_many_threads_and_an_event_loop_share_a_pool():
-    with RewardPool(workers=2) as pool:
+    with RewardPool(workers=2, time_limit=PATIENT) as pool:
         with ThreadPoolExecutor(8) as threads:
             batches = list(threads.map(lambda _: pool.score_batch(MIXED), range(16)))
 
@@ -216,7 +218,7 @@ def test_many_threads_and_an_event_loop_share_a_pool():
 
 
 def test_a_forked_process_has_workers_of_its_own():
-    with RewardPool(workers=1) as pool:
+    with RewardPool(workers=1, time_limit=PATIENT) as pool:
         assert pool.score(*MIXED[3]).correct
         child = os.fork()
         if child == 0:
