@@ -57,7 +57,7 @@ def main() -> None:
     pool.score(r"\boxed{\arctan 1}", "2", "math")
     rows = []
     for name, cases in (("AIME, short", aime(0)), ("AIME, 120 kB", aime(24_000)), ("MATH", math())):
-        ours = rate(lambda case: pool.score(*case), cases, options.seconds)
+        ours = rate(lambda case: pool.score_batch([case]), cases, options.seconds)
         baseline = rate(math_verify, cases, options.seconds)
         rows.append(
             {

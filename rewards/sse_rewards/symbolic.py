@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import sympy
 from math_verify import LatexExtractionConfig, parse
@@ -52,8 +53,8 @@ def _read(latex: str) -> sympy.Expr | None:
     read = parse(latex, _LATEX_ONLY, fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     if not read or not isinstance(read[0], sympy.Expr):
         return None
-    names = {name: sympy.Symbol(str(name)) for name in read[0].free_symbols}
-    return read[0].subs(names).subs(sympy.Symbol("i"), sympy.I)
+    named = [(name, sympy.Symbol(str(name))) for name in read[0].free_symbols]
+    return read[0].subs([*named, (sympy.Symbol("i"), sympy.I)])
 
 
 def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
@@ -63,7 +64,7 @@ def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     agreed = 0
     for p, q, r, s in _POINTS if names else _POINTS[:1]:
-        at = {x: sympy.Rational(p, q) + k * sympy.Rational(r, s) for k, x in enumerate(names)}
+        at = [(x, sympy.Rational(p * s + k * r * q, q * s)) for k, x in enumerate(names)]
         x, y = _number(a, at), _number(b, at)
         if x is None or y is None:
             continue
@@ -73,6 +74,6 @@ def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     return True if agreed or sympy.simplify(a - b) == 0 else None
 
 
-def _number(expression: sympy.Expr, at: dict[sympy.Symbol, sympy.Rational]) -> sympy.Expr | None:
+def _number(expression: sympy.Expr, at: list[tuple[sympy.Basic, Any]]) -> sympy.Expr | None:
     value = expression.subs(at).doit().evalf(_DIGITS)
     return value if value.is_number and value.is_finite and not value.has(sympy.nan) else None
