@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -80,43 +81,105 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, a run or a checkpoint.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model folder, a run or a checkpoint; none with --endpoint."),
+    ] = None,
     benchmark: Annotated[
         str, typer.Option(metavar="NAME,FILE.jsonl,...", help="Benchmarks by name or file.")
-    ],
+    ] = "",
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 32,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 32768,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 32768,
     seed: int = 0,
+    prompt: Annotated[
+        str, typer.Option(metavar="default|matharena|TEXT", help="TEXT has {problem} in it.")
+    ] = "default",
     limit: Annotated[int | None, typer.Option(min=1, help="The first problems only.")] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="OpenAI-compatible; the key is read from OPENAI_API_KEY."),
+    ] = None,
+    served_model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="At --endpoint; default: the only one."),
+    ] = None,
     address: Address = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Engines, by default one a GPU; at --endpoint, requests (16)."),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Answers that an engine writes at a time.")
+    ] = 256,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template/--no-chat-template", help="Off for a base model.")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="Default: evals/<model>.")] = None,
+    logs: Annotated[
+        str, typer.Option(metavar="lm-eval,lighteval", help="Write samples in these shapes too.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Check everything, ask nothing.")] = False,
     fail_under: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit 1 if a score is below this.")
     ] = None,
 ) -> None:
     """Evaluate a model, with a report; goes on where it stopped."""
-    from sse_rl.pipeline.evaluate import evaluate_model
+    if (model is None) == (endpoint is None):
+        raise UserError("give a model's folder, or --endpoint URL with --model NAME")
+    if endpoint is None and served_model is not None:
+        raise UserError(f"--model {served_model}: names a model at --endpoint, which is not given")
+    from sse_eval.logs import check_formats
 
-    summaries = evaluate_model(
-        model,
-        [name for name in benchmark.split(",") if name],
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
-        address=address,
-        out=out,
-        limit=limit,
+    from sse_rl.evaluation import Checkpoint, Evaluation, Protocol, Served
+    from sse_rl.pipeline.evaluate import as_user_error
+    from sse_rl.report.console import RunConsole
+
+    as_user_error(check_formats, _names(logs))
+    protocol = Protocol(
+        _names(benchmark), samples, temperature, top_p, max_tokens, seed, prompt, limit
     )
-    scores = {name: summary["avg"] for name, summary in summaries.items()}
-    for name, score in scores.items():
-        shown = "no samples" if score is None else f"{100 * score:.1f} %"
-        print(f"{name}: avg@{summaries[name]['samples']} {shown}")
-    if fail_under is not None and any((score or 0.0) < fail_under for score in scores.values()):
-        raise typer.Exit(1)
+    if endpoint is not None:
+        target = Served(endpoint, served_model, workers or 16)
+    else:
+        target = Checkpoint(str(model), address, workers, max_num_seqs, chat_template)
+    evaluation = Evaluation(target, protocol, out)
+    if dry_run:
+        _print_json([plan._asdict() for plan in evaluation.plans()])
+        return
+    with RunConsole("eval") as console:
+        summaries = evaluation.run(
+            lambda name, done, wanted: console.stage(f"eval {name}", f"{done}/{wanted}")
+        )
+    for plan in evaluation.plans():
+        _write_logs(Path(plan.out), logs)
+    _show_scores(summaries, fail_under)
+
+
+@app.command()
+def regrade(
+    folder: Annotated[Path, typer.Argument(help="An evaluation's folder, or one of several.")],
+    logs: Annotated[
+        str, typer.Option(metavar="lm-eval,lighteval", help="Write samples in these shapes too.")
+    ] = "",
+    fail_under: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit 1 if a score is below this.")
+    ] = None,
+) -> None:
+    """Grade an evaluation's stored answers again and write its reports anew, without a model."""
+    import sse_eval
+    from sse_eval.logs import check_formats
+
+    from sse_rl.evaluation import evaluations_in
+    from sse_rl.pipeline.evaluate import as_user_error
+
+    as_user_error(check_formats, _names(logs))
+    summaries = {}
+    for name, path in evaluations_in(folder).items():
+        summaries[name] = as_user_error(sse_eval.regrade, path)
+        _write_logs(path, logs)
+    _show_scores(summaries, fail_under)
 
 
 @app.command()
@@ -147,22 +210,25 @@ def grade(
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's folder.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same benchmark.")],
+    before: Annotated[
+        Path, typer.Argument(metavar="A", help="An evaluation's folder, one of several, or a run.")
+    ],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same benchmarks.")],
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit 1 if B is further below A than this.")
     ] = None,
 ) -> None:
     """Compare two evaluations, paired by problem."""
-    from sse_eval import EvaluationError
     from sse_eval.compare import compare, describe
 
-    try:
-        comparison = compare(before, after, max_drop=max_drop)
-    except EvaluationError as error:
-        raise UserError(str(error)) from None
-    print(describe(comparison))
-    if not comparison.passes:
+    from sse_rl.evaluation import pairs
+    from sse_rl.pipeline.evaluate import as_user_error
+
+    found = [
+        as_user_error(compare, old, new, max_drop=max_drop) for old, new in pairs(before, after)
+    ]
+    print("\n".join(map(describe, found)), end="")
+    if not all(comparison.passes for comparison in found):
         raise typer.Exit(1)
 
 
@@ -249,6 +315,27 @@ def schema(
         print(f"{key}: {kind}" + ("" if default == "required" else f" = {default}"))
         if meaning:
             print(f"    {meaning}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _show_scores(summaries: Mapping[str, Mapping[str, Any]], fail_under: float | None) -> None:
+    """A line a benchmark; Exit 1 if a score is below `fail_under`."""
+    for name, summary in summaries.items():
+        shown = "no samples" if summary["avg"] is None else f"{100 * summary['avg']:.1f} %"
+        print(f"{name}: avg@{summary['samples']} {shown}")
+    scores = [summary["avg"] or 0.0 for summary in summaries.values()]
+    if fail_under is not None and min(scores) < fail_under:
+        raise typer.Exit(1)
+
+
+def _write_logs(folder: Path, formats: str) -> None:
+    from sse_eval.logs import export_logs
+
+    for file in export_logs(folder, _names(formats)):
+        print(file)
 
 
 def _print_json(value: Any) -> None:

@@ -2,7 +2,8 @@
 
 from sse_eval.benchmarks import load_benchmark
 from sse_eval.folder import EvaluationError
-from sse_eval.runner import PROMPT, evaluate, regrade, requests_of, summarize
+from sse_eval.prompts import PROMPT, prompt_template
+from sse_eval.runner import evaluate, regrade, requests_of, summarize
 from sse_eval.seeds import sample_seed
 from sse_eval.types import (
     Benchmark,
@@ -24,6 +25,7 @@ __all__ = [
     "Summary",
     "evaluate",
     "load_benchmark",
+    "prompt_template",
     "regrade",
     "requests_of",
     "sample_seed",

@@ -191,7 +191,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _settle_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write the configuration of a new folder, or hold a resumed one to its own."""
+    """Write the configuration of a folder without results, or hold a resumed one to its own."""
     wanted = json.loads(json.dumps(config))
     try:
         there = json.loads(path.read_bytes())
@@ -202,7 +202,10 @@ def _settle_config(path: Path, config: Mapping[str, Any]) -> None:
         return
     except ValueError as error:
         raise EvaluationError(f"{path} is no JSON: {error}") from error
-    if changes := list(differences(there, wanted)):
+    changes = list(differences(there, wanted))
+    if changes and not read_rows(path.parent / "results.jsonl"):
+        replace(path, json.dumps(wanted, indent=1).encode() + b"\n")
+    elif changes:
         raise EvaluationError(
             f"{path.parent} holds results of another configuration (there -> now):\n"
             + "\n".join(f"  {change}" for change in changes)

@@ -11,6 +11,30 @@ from typing import Any
 
 from sse_eval.folder import EvaluationError, Row, read_config, read_rows, write_rows
 
+FORMATS = ("lm-eval", "lighteval")
+
+
+def export_logs(folder: Path | str, formats: Sequence[str]) -> list[Path]:
+    """Write an evaluation's samples into its folder in each of FORMATS that is named; the files.
+
+    Raises EvaluationError for another format or if the folder has no results.
+    """
+    check_formats(formats)
+    folder = Path(folder)
+    name = read_config(folder)["benchmark"]["name"]
+    files = {"lm-eval": f"samples_{name}.jsonl", "lighteval": f"details_{name}.parquet"}
+    for format in formats:
+        export = export_lm_eval if format == "lm-eval" else export_lighteval
+        export(folder, folder / files[format])
+    return [folder / files[format] for format in formats]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises EvaluationError for a format that is none of FORMATS."""
+    for format in formats:
+        if format not in FORMATS:
+            raise EvaluationError(f"no log format {format!r}: give {' or '.join(FORMATS)}")
+
 
 def export_lm_eval(folder: Path | str, file: Path | str) -> int:
     """Write `samples_<task>.jsonl` as `lm_eval --log_samples` does, a line for each problem.

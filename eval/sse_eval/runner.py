@@ -29,13 +29,11 @@ from sse_eval.folder import (
     write_rows,
 )
 from sse_eval.grading import graded_row, regraded_row
+from sse_eval.prompts import PROMPT
 from sse_eval.report import write_report
 from sse_eval.seeds import sample_seed
 from sse_eval.summary import budgets_of, summary_of
 from sse_eval.types import Benchmark, Generator, Problem, SampleRequest, Summary
-
-PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""The prompt of a problem; `{problem}` is the only placeholder, other braces are text."""
 
 
 def evaluate(
@@ -61,16 +59,17 @@ def evaluate(
     Resumes: finished samples are kept as they are, the others are asked for. The finished
     results.jsonl has the same bytes however often the run was killed.
 
-    model: what identifies the weights (name, checkpoint's hash, step); part of the configuration
-    that a resume must repeat. pool: one to share; else one is started for the call. gpus: how many
-    the generator uses, for the GPU hours of the report. progress: called with (finished, wanted,
-    row) after each row.
+    prompt: a template, `{problem}` its only placeholder. model: what identifies the weights (name,
+    checkpoint's hash, step); part of the configuration that a resume must repeat. pool: one to
+    share; else one is started for the call. gpus: how many the generator uses, for the GPU hours of
+    the report. progress: called with (finished, wanted, row) after each row.
 
     Raises ValueError for bad arguments or benchmark, EvaluationError for a folder of another
     configuration, a context too short or a full disk; what the generator raises passes through.
     In each case finished samples are safe, and the same call goes on from there.
     """
     _check(samples, temperature, top_p, max_tokens, prompt)
+    _check_context(generator, max_tokens)
     bench = (
         benchmark if isinstance(benchmark, Benchmark) else load_benchmark(benchmark, limit=limit)
     )
@@ -107,7 +106,6 @@ def evaluate(
         done = {(row["id"], row["sample"]) for row in folder.rows}
         todo = [request for request in wanted if (request.id, request.sample) not in done]
         if todo:
-            _check_context(generator, max_tokens)
             folder.note(
                 {"event": "start", "at": time.time(), "gpus": gpus, "environment": environment()}
             )

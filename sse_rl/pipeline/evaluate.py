@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from sse_eval import (
-    Benchmark,
-    EvaluationError,
-    Problem,
-    SampleOutput,
-    SampleRequest,
-    Summary,
-    evaluate,
-)
+from sse_eval import Benchmark, EvaluationError, Problem, SampleOutput, SampleRequest
 from sse_eval.types import Message
 
 from sse_rl.data.problems import Problem as DataProblem
@@ -27,8 +19,7 @@ from sse_rl.errors import UserError
 from sse_rl.pipeline import cluster
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder
 from sse_rl.pipeline.rollouts import RolloutPool
-from sse_rl.pipeline.weights import pack
-from sse_rl.recipe import Data, Rollout
+from sse_rl.recipe import Data
 from sse_rl.rollout.worker import EngineSpec, RolloutWorker
 from sse_rl.types import Completion, Request, SamplingParams
 
@@ -36,25 +27,46 @@ CHANNEL = "eval"
 POLL_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Prompter:
+    """From messages to what the model reads."""
+
+    tokenizer: Any
+    system_prompt: str | None = None
+    chat_template: bool = True
+    """False hands a base model the messages' text alone."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        if not self.chat_template:
+            return "\n\n".join(message["content"] for message in messages)
+        if not self.tokenizer.chat_template:
+            raise UserError("the model's tokenizer has no chat template: --no-chat-template")
+        return chat(messages, self.tokenizer, self.system_prompt)
+
+    def token_ids(self, prompt: str) -> tuple[int, ...]:
+        if self.chat_template:  # it has written the special tokens already
+            return tokenize(prompt, self.tokenizer)
+        return tuple(self.tokenizer(prompt)["input_ids"])
+
+
 @dataclass(slots=True)
 class PoolGenerator:
     """sse_eval's Generator over a pool of rollout workers: sample-level, in any order."""
 
     pool: RolloutPool
-    tokenizer: Any
+    prompter: Prompter
     max_context: int | None
-    system_prompt: str | None = None
     interrupted: Callable[[], None] = lambda: None
 
     def render(self, messages: Sequence[Message]) -> str:
-        return chat(messages, self.tokenizer, self.system_prompt)
+        return self.prompter.render(messages)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[SampleOutput]:
         """Raises UserError before the first sample if a prompt and its answer exceed the context."""
         asked = {}
         for number, request in enumerate(requests):
             prompt = self.render(request.messages)
-            token_ids = tokenize(prompt, self.tokenizer)
+            token_ids = self.prompter.token_ids(prompt)
             if self.max_context and len(token_ids) + request.max_tokens > self.max_context:
                 raise UserError(
                     f"problem {request.id}: its prompt of {len(token_ids)} tokens and max_tokens "
@@ -80,7 +92,7 @@ class PoolGenerator:
 
     def _output(self, completion: Completion, request: SampleRequest, prompt: str) -> SampleOutput:
         ids = completion.token_ids.tolist()
-        decode = lambda part: self.tokenizer.decode(part, skip_special_tokens=True)
+        decode = lambda part: self.prompter.tokenizer.decode(part, skip_special_tokens=True)
         return SampleOutput(
             id=request.id,
             sample=request.sample,
@@ -90,73 +102,6 @@ class PoolGenerator:
             prompt=prompt,
             cuts={b: len(decode(ids[:b])) for b in request.budgets if b < len(ids)},
         )
-
-
-def evaluate_model(
-    model: str,
-    benchmarks: Sequence[str],
-    *,
-    samples: int,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
-    seed: int,
-    address: str,
-    out: Path | None = None,
-    limit: int | None = None,
-    rollout: Rollout | None = None,
-    progress: Callable[[int, int, dict[str, Any]], None] | None = None,
-) -> dict[str, Summary]:
-    """Evaluate a checkpoint, an export or a run on benchmarks; each writes `out`/<benchmark>/.
-
-    Resumes where it stopped. Raises UserError for a model or benchmark that cannot be read.
-    """
-    from sse_eval.benchmarks import load_benchmark
-    from transformers import AutoTokenizer
-
-    from sse_rl.model import SSEForCausalLM
-
-    folder = model_folder(model)
-    loaded = [as_user_error(load_benchmark, name, limit=limit) for name in benchmarks]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = SSEForCausalLM.from_pretrained(folder)
-    index, buffer = pack(policy.state_dict(), version=0)
-    context = policy.config.max_position_embeddings
-    cluster.connect(address)
-    rollout = rollout or default_rollout()
-    pool = make_pool(
-        EngineSpec(
-            config=policy.config.to_dict(),
-            dtype=str(policy.dtype).removeprefix("torch."),
-            eos_token_ids=eos_token_ids(tokenizer),
-            max_model_len=context,
-            rollout=rollout,
-        )
-    )
-    out = out or Path("evals") / Path(model).resolve().name
-    identity = {"path": Path(model).name, "weights_crc32": f"{index.checksum:08x}"}
-    try:
-        pool.set_weights(index, ray.put(buffer))
-        generator = PoolGenerator(pool, tokenizer, context)
-        return {
-            bench.name: as_user_error(
-                evaluate,
-                bench,
-                generator,
-                out / bench.name,
-                samples=samples,
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
-                seed=seed,
-                model=identity,
-                gpus=round(rollout.num_workers * rollout.num_gpus_per_worker),
-                progress=progress,
-            )
-            for bench in loaded
-        }
-    finally:
-        pool.close()
 
 
 def held_out(problems: Sequence[DataProblem], data: Data) -> Benchmark:
@@ -184,15 +129,6 @@ def make_pool(spec: EngineSpec) -> RolloutPool:
         timeout_s=rollout.timeout_s,
         max_restarts=rollout.max_restarts,
     )
-
-
-def default_rollout() -> Rollout:
-    """One worker a GPU, or one for all CPUs of a machine without."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if gpus:
-        return Rollout(num_workers=gpus, num_gpus_per_worker=1.0)
-    threads = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return Rollout(num_threads=threads)
 
 
 def model_folder(path: str) -> Path:

@@ -28,6 +28,7 @@ from sse_rl.pipeline.checkpoint import saved_steps, step_folder
 from sse_rl.pipeline.controller import Controller, Interrupted, publish
 from sse_rl.pipeline.evaluate import (
     PoolGenerator,
+    Prompter,
     as_user_error,
     eos_token_ids,
     held_out,
@@ -185,9 +186,8 @@ class Job:
         learner = self._spawn_learner(base, grpo)
         cluster.check_shared_folder(self.run_dir, learner, timeout_s=timeout_s)
         pool = self._spawn_pool(base)
-        generator = PoolGenerator(
-            pool, self.tokenizer, self.context, recipe.data.system_prompt, self.interrupted
-        )
+        prompter = Prompter(self.tokenizer, recipe.data.system_prompt)
+        generator = PoolGenerator(pool, prompter, self.context, self.interrupted)
         prompts = drop_long(
             render(self.train, self.tokenizer, recipe.data), recipe.data.max_prompt_length
         )

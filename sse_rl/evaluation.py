@@ -1,0 +1,324 @@
+"""`sse-rl eval`: a checkpoint or a served model measured by sse_eval's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from sse_eval import Benchmark, Generator, Summary, evaluate, load_benchmark, prompt_template
+from sse_eval.endpoint import Endpoint
+from sse_eval.runner import requests_of
+from sse_eval.types import Message
+
+from sse_rl.errors import UserError
+from sse_rl.pipeline import cluster
+from sse_rl.pipeline.evaluate import (
+    PoolGenerator,
+    Prompter,
+    as_user_error,
+    eos_token_ids,
+    make_pool,
+    model_folder,
+)
+from sse_rl.pipeline.weights import pack
+from sse_rl.recipe import Rollout
+from sse_rl.rollout.worker import EngineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """What is asked: two evaluations that share it can be compared."""
+
+    benchmarks: tuple[str, ...]
+    """Names or JSONL files."""
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int = 0
+    prompt: str = "default"
+    """default, matharena, or a text with `{problem}`."""
+    limit: int | None = None
+    """The first problems of each benchmark only."""
+
+
+class Plan(NamedTuple):
+    """What one benchmark would ask for, as `--dry-run` shows it."""
+
+    benchmark: str
+    problems: int
+    samples: int
+    """Of all problems together."""
+    longest_prompt: int | None
+    """Tokens; None where the tokenizer is a server's."""
+    context: int | None
+    """Tokens of prompt and answer together; None if a server does not say."""
+    prompt: str
+    """The first problem as the model would read it."""
+    out: str
+
+
+class Opened(NamedTuple):
+    """A model that is ready to answer."""
+
+    generator: Generator
+    identity: dict[str, Any]
+    """What tells its weights from others'."""
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, an export or a run, answered for by engines on Ray."""
+
+    model: str
+    address: str = "auto"
+    workers: int | None = None
+    max_num_seqs: int = 256
+    chat_template: bool = True
+
+    @cached_property
+    def name(self) -> str:
+        path = Path(self.model).resolve()
+        return f"{path.parent.name}-{path.name}" if path.name in ("export", "model") else path.name
+
+    @cached_property
+    def folder(self) -> Path:
+        return model_folder(self.model)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        return Prompter(tokenizer, chat_template=self.chat_template)
+
+    @cached_property
+    def context(self) -> int:
+        from sse_rl.model import SSEConfig
+
+        return SSEConfig.from_pretrained(self.folder).max_position_embeddings
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self.prompter.render(messages)
+
+    def tokens(self, prompt: str) -> int | None:
+        return len(self.prompter.token_ids(prompt))
+
+    @contextmanager
+    def open(self, longest: int) -> Iterator[Opened]:
+        """Engines with room for `longest` tokens of prompt and answer."""
+        from sse_rl.model import SSEForCausalLM
+
+        policy = SSEForCausalLM.from_pretrained(self.folder)
+        index, buffer = pack(policy.state_dict(), version=0)
+        cluster.connect(self.address)
+        rollout = rollout_of(self.workers, self.max_num_seqs)
+        pool = make_pool(
+            EngineSpec(
+                config=policy.config.to_dict(),
+                dtype=str(policy.dtype).removeprefix("torch."),
+                eos_token_ids=eos_token_ids(self.prompter.tokenizer),
+                max_model_len=longest,
+                rollout=rollout,
+            )
+        )
+        try:
+            pool.set_weights(index, ray.put(buffer))
+            yield Opened(
+                PoolGenerator(pool, self.prompter, self.context),
+                {"path": Path(self.model).name, "weights_crc32": f"{index.checksum:08x}"},
+                round(rollout.num_workers * rollout.num_gpus_per_worker),
+            )
+        finally:
+            pool.close()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model behind an OpenAI-compatible address."""
+
+    url: str
+    model: str | None = None
+    """Its name there; None takes the only one served."""
+    workers: int = 16
+    """Requests at a time."""
+
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        return as_user_error(Endpoint, self.url, self.model, concurrency=self.workers)
+
+    @cached_property
+    def name(self) -> str:
+        return self.endpoint.model.replace("/", "--")
+
+    @cached_property
+    def context(self) -> int | None:
+        return self.endpoint.max_context
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self.endpoint.render(messages)
+
+    def tokens(self, prompt: str) -> int | None:
+        return None
+
+    @contextmanager
+    def open(self, longest: int) -> Iterator[Opened]:
+        identity = {"name": self.endpoint.model, "endpoint": self.endpoint.url}
+        yield Opened(self.endpoint, identity, 0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, what it is asked, and where the answers go: `out`/<benchmark>/."""
+
+    target: Checkpoint | Served
+    protocol: Protocol
+    out: Path | None = None
+    """None is evals/<name of the model>."""
+
+    @cached_property
+    def benchmarks(self) -> list[Benchmark]:
+        """Raises UserError for a benchmark that cannot be read or is there twice."""
+        names, limit = self.protocol.benchmarks, self.protocol.limit
+        loaded = [as_user_error(load_benchmark, name, limit=limit) for name in names]
+        if not loaded:
+            raise UserError("--benchmark: name at least one")
+        if len({bench.name for bench in loaded}) < len(loaded):
+            raise UserError(f"--benchmark {','.join(names)}: one of them is there twice")
+        return loaded
+
+    def plans(self) -> list[Plan]:
+        """What would be asked, with nothing started.
+
+        Raises UserError for a model that cannot be read, and for a context that is too short.
+        """
+        context, max_tokens = self.target.context, self.protocol.max_tokens
+        found = [self._plan(bench) for bench in self.benchmarks]
+        longest = max(plan.longest_prompt or 1 for plan in found)
+        if context is not None and longest + max_tokens > context:
+            raise UserError(
+                f"--max-tokens {max_tokens}: with the longest prompt, {longest} tokens, it exceeds "
+                f"the context of {self.target.name}, {context} tokens"
+                + (f"; at most {context - longest} fit" if longest < context else "")
+            )
+        return found
+
+    def run(self, progress: Callable[[str, int, int], None]) -> dict[str, Summary]:
+        """Ask, grade, write; resumes where it stopped. progress: (benchmark, finished, wanted).
+
+        Raises UserError as `plans` does, before anything is started or written.
+        """
+        prompts = [plan.longest_prompt or 1 for plan in self.plans()]
+        with self.target.open(max(prompts) + self.protocol.max_tokens) as model:
+            return {bench.name: self._run(bench, model, progress) for bench in self.benchmarks}
+
+    def _plan(self, bench: Benchmark) -> Plan:
+        requests = requests_of(bench, **(self._sampling(bench) | {"samples": 1}))
+        prompts = [self.target.render(request.messages) for request in requests]
+        counted = [n for n in map(self.target.tokens, prompts) if n is not None]
+        return Plan(
+            benchmark=bench.name,
+            problems=len(requests),
+            samples=len(requests) * self.protocol.samples,
+            longest_prompt=max(counted, default=None),
+            context=self.target.context,
+            prompt=prompts[0],
+            out=str(self._folder(bench)),
+        )
+
+    def _run(self, bench: Benchmark, model: Opened, progress: Callable) -> Summary:
+        return as_user_error(
+            evaluate,
+            bench,
+            model.generator,
+            self._folder(bench),
+            **self._sampling(bench),
+            model=model.identity,
+            gpus=model.gpus,
+            progress=lambda done, wanted, _: progress(bench.name, done, wanted),
+        )
+
+    def _folder(self, bench: Benchmark) -> Path:
+        return (self.out or Path("evals") / self.target.name) / bench.name
+
+    def _sampling(self, bench: Benchmark) -> dict[str, Any]:
+        protocol = self.protocol
+        settings: dict[str, Any] = {
+            "samples": protocol.samples,
+            "temperature": protocol.temperature,
+            "top_p": protocol.top_p,
+            "max_tokens": protocol.max_tokens,
+            "seed": protocol.seed,
+            "prompt": as_user_error(prompt_template, protocol.prompt, bench.name),
+        }
+        return settings
+
+
+def rollout_of(workers: int | None, max_num_seqs: int) -> Rollout:
+    """`workers` engines on the cluster; None is one a GPU or, without any, one a node.
+
+    Raises UserError if there is no room for them: Ray would wait for ever.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if gpus:
+        workers = workers or gpus
+        if workers > gpus:
+            raise UserError(f"--workers {workers}: the cluster has {gpus} GPUs, one a worker")
+        return Rollout(num_workers=workers, num_gpus_per_worker=1.0, max_num_seqs=max_num_seqs)
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    workers = workers or max(1, len(cpus))
+    if workers > sum(cpus):
+        raise UserError(f"--workers {workers}: the cluster has {sum(cpus)} CPUs, one a worker")
+    threads = max(n for n in range(1, max(cpus) + 1) if sum(c // n for c in cpus) >= workers)
+    return Rollout(
+        num_workers=workers,
+        num_cpus_per_worker=float(threads),
+        num_threads=threads,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def evaluations_in(path: Path) -> dict[str, Path]:
+    """The evaluations of a folder: itself, those in it, or a run's last one of each benchmark.
+
+    Raises UserError if there is none.
+    """
+    if _is_evaluation(path):
+        return {path.name: path}
+    root = path / "eval" if (path / "eval").is_dir() else path
+    found: dict[str, tuple[int, Path]] = {}
+    for folder in sorted(filter(_is_evaluation, root.glob("*"))):
+        name, _, step = folder.name.rpartition("-")
+        name, number = (name, int(step)) if name and step.isdigit() else (folder.name, -1)
+        found[name] = max(found.get(name, (-2, folder)), (number, folder))
+    if not found:
+        raise UserError(f"{path}: no evaluation there, nor a folder of them")
+    return {name: folder for name, (_, folder) in found.items()}
+
+
+def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
+    """The evaluations of two folders that belong together, by name.
+
+    Raises UserError if there are none.
+    """
+    old, new = evaluations_in(before), evaluations_in(after)
+    if len(old) == len(new) == 1:
+        return list(zip(old.values(), new.values(), strict=True))
+    common = [name for name in old if name in new]
+    if not common:
+        raise UserError(
+            f"{before} has evaluations of {', '.join(old)}, {after} of {', '.join(new)}: "
+            "no common name"
+        )
+    return [(old[name], new[name]) for name in common]
+
+
+def _is_evaluation(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "results.jsonl").is_file()
