@@ -11,9 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
-import sse_kernels
 from sse_kernels.gla.triton_chunk import triton_sse_gla
-from sse_kernels.gla.triton_step import triton_sse_gla_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5  # measured 3e-7; in steep chunks 6e-6, the rounding of the summed decays
@@ -63,17 +61,3 @@ def test_a_call_without_tokens_returns_the_initial_state(make_case):
     o, state = case.forward(triton_sse_gla)
     assert o.shape == (0, 1, 16)
     assert torch.equal(state, case.initial_state)
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_the_step_changes_states_in_place(k, make_case):
-    shape = {"value_heads": 4, "dk": 16, "dv": 24, "partitions": 5, "k": k}
-    case = make_case("gla", [3], dtype=torch.float32, **shape)
-    routing = sse_kernels.route(case.tokens["logits"], k)
-    args = [x for name, x in case.tokens.items() if name != "logits"]
-    states = torch.randn(6, *case.initial_state.shape[1:])
-    expected, slots = states.clone(), torch.tensor([4, 1, 5])
-    o = sse_kernels.recurrent_sse_gla_step(*args, routing, state=expected, slots=slots)
-    found = triton_sse_gla_step(*args, routing, state=states, slots=slots)
-    torch.testing.assert_close(found, o)
-    torch.testing.assert_close(states, expected)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from ..checks import expect_cu_seqlens, expect_initial_state, expect_slots, expect_streams
@@ -94,7 +97,7 @@ def sse_gdn_step(
     expect_streams(op, q, v, per_head, routing)
     row = (1 + routing.probs.shape[1], *v.shape[1:], q1.shape[2])
     expect_slots(op, state, slots, row, v)
-    return recurrent_sse_gdn_step(
+    return _step_form(v, state)(
         q1,
         k1,
         q2,
@@ -109,3 +112,14 @@ def sse_gdn_step(
         slots=slots,
         gate_after_norm=gate_after_norm,
     )
+
+
+def _step_form(v: Tensor, state: Tensor) -> Callable[..., Tensor]:
+    """The Triton kernel on a GPU, else torch's form."""
+    if v.is_cuda and torch.float64 not in (v.dtype, state.dtype) and state.is_contiguous():
+        try:
+            from .triton_step import triton_sse_gdn_step
+        except ImportError:
+            return recurrent_sse_gdn_step
+        return triton_sse_gdn_step
+    return recurrent_sse_gdn_step

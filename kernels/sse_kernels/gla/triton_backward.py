@@ -84,13 +84,13 @@ def gla_backward(
     add_steep_gradients(tokens, weights, plan, do, slots, prepared.steep, shapes)
     group = heads // shapes.h
     gradients = (
-        sum_slots(dq1, q1.dtype, group),
-        sum_slots(dk1, k1.dtype, group),
-        sum_slots(dq2, q2.dtype, group),
-        sum_slots(dk2, k2.dtype, group),
+        sum_slots(dq1, q1.dtype, group=group),
+        sum_slots(dk1, k1.dtype, group=group),
+        sum_slots(dq2, q2.dtype, group=group),
+        sum_slots(dk2, k2.dtype, group=group),
         sum_slots(dv, v.dtype),
-        sum_slots(dg1, g1.dtype, group),
-        sum_slots(dg2, g2.dtype, group),
+        sum_slots(dg1, g1.dtype, group=group),
+        sum_slots(dg2, g2.dtype, group=group),
         dw.sum(-1).to(weights.dtype),
     )
     return gradients if dinitial is None else (*gradients, dinitial)

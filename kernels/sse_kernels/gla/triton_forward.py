@@ -2,6 +2,7 @@
 
 With q', k', A of triton_prepare, G_C a chunk's summed decay and h the state before it:
     o = q' (e^r_q h) + A v          h <- e^G_C h + e^(G_C - r_k) k'^T v
+Every stream writes its own outputs, the shared one in fp32; they are summed in fixed order.
 """
 
 from __future__ import annotations
@@ -30,37 +31,51 @@ def gla_forward(
     v = tokens[4]
     rows, segments, chunks = plan
     prepared = prepare(tokens, weights, plan, shapes, backward=False)
-    slots = v.new_empty(1 + shapes.k, *v.shape)
+    shared = torch.empty_like(v, dtype=torch.float32)
+    sparse = v.new_empty(shapes.k, *v.shape)
     blocks = block_sizes("gla_fwd", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
     gla_fwd_kernel[(blocks_v * shapes.hv * shapes.segments,)](
-        *prepared[:4], v, rows, segments, initial_state, slots, final_state,
+        *prepared[:4], v, rows, segments, initial_state, shared, sparse, final_state,
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    add_steep_outputs(tokens, weights, plan, prepared.steep, slots, shapes)
-    return sum_slots(slots, v.dtype)
+    add_steep_outputs(tokens, weights, plan, prepared.steep, shared, sparse, shapes)
+    return sum_slots(sparse, v.dtype, base=shared)
 
 
-def sum_slots(slots: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """[S, T, H * group, D] summed over the S slots and then each group of heads, in fixed order."""
+def sum_slots(
+    slots: Tensor, dtype: torch.dtype, *, group: int = 1, base: Tensor | None = None
+) -> Tensor:
+    """[S, T, H * group, D] summed over `base`, the S slots and each group of heads, in this order.
+
+    base: [T, H, D] fp32.
+    """
     count, tokens, heads, width = slots.shape
-    if count == 1 and group == 1:
+    if count == 1 and group == 1 and base is None:
         return slots[0].to(dtype)
     out = slots.new_empty(tokens, heads // group, width, dtype=dtype)
     if out.numel():
         sum_slots_kernel[(triton.cdiv(out.numel(), 2048),)](
-            slots, out, out.numel(), slots[0].numel(), S=count, GROUP=group, D=width, BLOCK=2048
+            slots,
+            base,
+            out,
+            out.numel(),
+            slots[0].numel(),
+            S=count,
+            GROUP=group,
+            D=width,
+            BLOCK=2048,
         )
     return out
 
 
 @triton.jit
 def gla_fwd_kernel(
-    q, k, scores, scales, v, rows, segments, initial_state, slots, final_state,
+    q, k, scores, scales, v, rows, segments, initial_state, shared, sparse, final_state,
     T, B, M,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,15 +112,19 @@ def gla_fwd_kernel(
         h *= tl.load(scales_at + DK)[:, None]
         h = tl.dot(tl.trans(b_k), b_v, h, input_precision=PRECISION)
         h *= tl.load(scales_at + 2 * DK)[:, None]
-        o_at = slots + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        tl.store(o_at, o.to(slots.dtype.element_ty), mask=mask[:, None] & v_mask)
+        if i_s < B:
+            o_at = shared + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
+            tl.store(o_at, o, mask=mask[:, None] & v_mask)
+        else:
+            o_at = sparse + (((row - T) * HV + i_h) * DV)[:, None] + i_vd[None, :]
+            tl.store(o_at, o.to(sparse.dtype.element_ty), mask=mask[:, None] & v_mask)
     if final_state is not None:
         tl.store(final_state + state_tile, h, mask=v_mask)
 
 
 @triton.jit
 def sum_slots_kernel(
-    slots, out, size, slot_size,
+    slots, base, out, size, slot_size,
     S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -114,6 +133,8 @@ def sum_slots_kernel(
     if GROUP > 1:
         source = i // D * (GROUP * D) + i % D
     total = tl.zeros([BLOCK], tl.float32)
+    if base is not None:
+        total += tl.load(base + i, mask=mask, other=0.0)
     for s in tl.static_range(S):
         for j in tl.static_range(GROUP):
             x = tl.load(slots + s * slot_size.to(tl.int64) + source + j * D, mask=mask, other=0.0)

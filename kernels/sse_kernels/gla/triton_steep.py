@@ -20,12 +20,13 @@ def add_steep_outputs(
     weights: Tensor,
     plan: tuple[Tensor, Tensor, Tensor],
     steep: Tensor,
-    slots: Tensor,
+    shared: Tensor,
+    sparse: Tensor,
     shapes: GlaShapes,
 ) -> None:
-    """Add to the output slots what the chunks marked in `steep` [M, H] owe to their own tokens."""
+    """Add to both streams' outputs what chunks marked in `steep` [M, H] owe to their own tokens."""
     gla_steep_fwd_kernel[(len(plan[2]),)](
-        *tokens, weights, plan[0], plan[2], steep, slots,
+        *tokens, weights, plan[0], plan[2], steep, shared, sparse,
         shapes.tokens, shapes.sequences,
         H=shapes.h, HP=triton.next_power_of_2(shapes.h), HV=shapes.hv,
         DK=shapes.dk, DV=shapes.dv, K=shapes.k, C=shapes.chunk,
@@ -55,7 +56,7 @@ def add_steep_gradients(
 
 @triton.jit
 def gla_steep_fwd_kernel(
-    q1, k1, q2, k2, v, g1, g2, weights, rows, chunks, steep, slots,
+    q1, k1, q2, k2, v, g1, g2, weights, rows, chunks, steep, shared, sparse,
     T, B,
     H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SCALE: tl.constexpr,
@@ -93,9 +94,11 @@ def gla_steep_fwd_kernel(
                 decay = tl.exp(tl.minimum(b_sum - sum_j[None, :], 0.0))
                 a_j = tl.sum(b_q * k_j[None, :] * decay, axis=1)
                 o += tl.where(i_c >= j, a_j, 0.0)[:, None] * v_j[None, :]
-            o_at = slots + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
-            o += tl.load(o_at, mask=v_mask, other=0.0).to(tl.float32)
-            tl.store(o_at, o.to(slots.dtype.element_ty), mask=v_mask)
+            if i_s < B:
+                _add(shared + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :], o, v_mask)
+            else:
+                sparse_row = (row - T) * HV + i_h
+                _add(sparse + (sparse_row * DV)[:, None] + i_vd[None, :], o, v_mask)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..block_sizes import block_sizes
 from ..routing import Routing
+from ..triton_state import load_slot, state_row
 
 
 def triton_sse_gla_step(
@@ -57,16 +58,6 @@ def _(q1, k1, q2, k2, v, g1, g2, ids, weights, state, slots):
 
 
 @triton.jit
-def _state_row(ids, i_b, slot, s: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
-    """Row of the state [S * (1 + N)] that stream s of sequence i_b uses."""
-    row = slot * (1 + N)
-    if s > 0:
-        partition = tl.load(ids + i_b * K + s - 1).to(tl.int64)
-        row += 1 + tl.minimum(tl.maximum(partition, 0), N - 1)
-    return row
-
-
-@triton.jit
 def gla_step_kernel(
     q1, k1, q2, k2, v, g1, g2, ids, weights, state, slots, o, S,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr,
@@ -76,20 +67,20 @@ def gla_step_kernel(
     i_v = tl.program_id(0) % NV
     i_h = tl.program_id(0) // NV % HV
     i_b = (tl.program_id(0) // (NV * HV)).to(tl.int64)
-    slot = tl.minimum(tl.maximum(tl.load(slots + i_b), 0), S - 1).to(tl.int64)
+    slot = load_slot(slots, i_b, S)
     i_k, i_vd = tl.arange(0, DKP), i_v * BV + tl.arange(0, BV)
     k_mask, v_mask = i_k < DK, i_vd < DV
     mask = v_mask[:, None] & k_mask[None, :]
     tile = (i_h * DV + i_vd[:, None]) * DK + i_k[None, :]
     qk_at = (i_b * H + i_h // (HV // H)) * DK + i_k
     b_v = tl.load(v + (i_b * HV + i_h) * DV + i_vd, mask=v_mask, other=0.0).to(tl.float32)
-    row = _state_row(ids, i_b, slot, 0, K, N)
+    row = state_row(ids, i_b, slot, 0, K, N)
     b_next = tl.load(state + row * HV * DV * DK + tile, mask=mask, other=0.0)
     b_o = tl.zeros([BV], tl.float32)
     for s in tl.static_range(1 + K):
         b_state, this_row = b_next.to(tl.float32), row
         if s < K:
-            row = _state_row(ids, i_b, slot, s + 1, K, N)
+            row = state_row(ids, i_b, slot, s + 1, K, N)
             b_next = tl.load(state + row * HV * DV * DK + tile, mask=mask, other=0.0)
         if s == 0:
             b_q = tl.load(q1 + qk_at, mask=k_mask, other=0.0).to(tl.float32)
