@@ -10,6 +10,7 @@ import re
 from decimal import Decimal
 
 from .surface import plain_latex
+from .units import says_more_than_a_unit, without_unit
 
 _INTEGER = re.compile(r"([+-]?)\s*(\d{1,12})(\.0+)?")
 _GROUPED = re.compile(r"([+-]?\s*[1-9]\d{0,2})((?:([, ])\d{3})(?:\3\d{3})*)(?![\d,])")
@@ -29,25 +30,12 @@ _BASE_TEN = re.compile(r"_\s*(?:10|\{\s*(?:10|\\text\{\s*ten\s*\})\s*\}|\\text\{
 _DEGREES = re.compile(
     r"\s*(?:\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ)|\\degree|°|\{\}\^\\circ)\.?$"
 )
-_TEXT_UNIT = re.compile(r"\s*\\text\{([^{}]*)\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?\.?$")
-_BARE_UNIT = re.compile(
-    r"(?:\s+[mgs]|\s*(?:cm|mm|km|in|ft|yd|kg|lb|lbs|sec|min|hr|hrs|mph|units?|inch(?:es)?|feet|foot|"
-    r"yards?|miles?|met(?:er|re)s?|centimet(?:er|re)s?|kilomet(?:er|re)s?|seconds?|minutes?|"
-    r"hours?|days?|weeks?|months?|years?|degrees?|dollars?|cents?|points?|ways|people|"
-    r"(?:sq(?:uare|\.)?|cubic) ?[a-z]+))\s*(?:\^\s*\{?\s*[23]\s*\}?|²|³)?\.?$"
-)
 _LEADING_TEXT = re.compile(
     r"^(?:\\text\{((?:[^{}]*\b(?:answer|is|are|be|equals)|[^{}]*[:=]))\s*\}|answer)\s*:?\s*"
     r"|^(?:\\text\{\s*\([A-E]\)\s*\}|\([A-E]\))\s*",
     re.IGNORECASE,
 )
-_NOT_A_UNIT = re.compile(
-    r"(?<![a-z])(?:or|and|not|nor|but|if|maybe|about|approx\w*|roughly|possibly|probably|around|"
-    r"at|least|most|more|less|than|other|any|mod\w*|base|percent\w*|pct|hundred(?:s|ths?)?|tenths?|thousand(?:s|ths?)?|"
-    r"millions?|billions?|dozens?|half|halves|thirds?|quarters?|factorial|squared|cubed|times|plus|"
-    r"minus|over|unless|except|never|no|cannot|double|twice|to|through|between|wrong|incorrect|false|pi|i)(?![a-z])"
-    r"|[^a-z .,'()/-]"
-)
+_PERCENT = re.compile(r"per ?cent|pct")
 
 
 def read_integer(box: str) -> Decimal | None:
@@ -67,7 +55,7 @@ def read_integer(box: str) -> Decimal | None:
 def _without_lead(text: str) -> str:
     r"""Without `\text{The answer is}`, `Answer:` or a choice's letter in front."""
     lead = _LEADING_TEXT.match(text)
-    if lead is None or _NOT_A_UNIT.search((lead.group(1) or "").lower().rstrip(":=")):
+    if lead is None or says_more_than_a_unit((lead.group(1) or "").rstrip(":=")):
         return text
     return text[lead.end() :]
 
@@ -90,11 +78,8 @@ def _without_unit(text: str) -> str:
     while text != previous:
         previous = text
         text = _BASE_TEN.sub("", _DEGREES.sub("", text.rstrip(" .")))
-        unit = _TEXT_UNIT.search(text)
-        if unit and not _NOT_A_UNIT.search(unit.group(1).lower()):
-            text = text[: unit.start()].rstrip()
-        elif not unit and text[:1] in "+-0123456789$({":
-            text = _BARE_UNIT.sub("", text)
+        if not _PERCENT.search(text):
+            text = without_unit(text)
         text = text.lstrip("$€£¥ ").rstrip("€£¥ ")
     return text
 

@@ -78,11 +78,12 @@ def plain_latex(text: str) -> str:
     Words stay in `\text{..}`, whatever macro wrapped them; `\,` and its kin become a space, `\!`
     and `{,}` close up.
     """
+    text = " ".join(text.split())
     if "\\" not in text and "$" not in text and "~" not in text and "{" not in text:
-        return text.strip()
+        return text
     text = _ARGUMENT_DROP.sub(" ", text)
     text = _CLOSE_UP.sub("", text).replace("{,}", ",").replace("{}", "")
     text = _SPACES.sub(lambda found: found.group(1) or " ", text)
     text = _FONTS.sub("", _DROP.sub("", text))
     text = _TEXT_OF_NO_WORD.sub(r"\1", _TEXTS.sub(r"\\text", text))
-    return _LONE_BACKSLASH.sub("", _BIG.sub("", text).strip()).strip()
+    return _LONE_BACKSLASH.sub("", " ".join(_BIG.sub("", text).split())).strip()
