@@ -1,0 +1,59 @@
+"""Write the tables of README.md and docs/ from committed result files.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written and
+the exit code is 1 if a file would change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        fresh = MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+        if fresh != text:
+            stale.append(page)
+            if "--check" not in sys.argv:
+                page.write_text(fresh)
+    print("\n".join(f"{page.relative_to(ROOT)} changed" for page in stale) or "all up to date")
+    sys.exit(bool(stale) and "--check" in sys.argv)
+
+
+def quickstart() -> str:
+    (path,) = (ROOT / "benchmarks" / "results").glob("quickstart-*.json")
+    result = json.loads(path.read_text())
+    head = "| run | before | after | gain | greedy | boxed before | steps | minutes |\n"
+    lines = [
+        f"| {row['case']} | {percent(row['base'])} | {percent(row['tuned'])} | "
+        f"{100 * row['gain']:+.1f} | {percent(row['base_greedy'])} → {percent(row['tuned_greedy'])} | "
+        f"{percent(row['base_boxed'])} | {row['steps']} | {row['wall_s'] / 60:.1f} |\n"
+        for row in result["rows"]
+    ]
+    first = result["rows"][0]
+    note = (
+        f"\navg@{first['samples']} at T = 1 over the same {first['problems']} unseen problems; "
+        f"{result['device']}, torch {result['torch']}, {result['date']}, commit {result['commit']}, "
+        f"`{result['command']}`.\n"
+    )
+    return head + "|---" * 8 + "|\n" + "".join(lines) + note
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+TABLES: dict[str, Any] = {"quickstart": quickstart}
+
+if __name__ == "__main__":
+    main()
