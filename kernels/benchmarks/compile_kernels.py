@@ -15,7 +15,14 @@ import tempfile
 
 import triton
 from sse_kernels.block_sizes import blocks_for
-from sse_kernels.gla import triton_backward, triton_forward, triton_prepare, triton_step
+from sse_kernels.delta import triton_step as delta_step
+from sse_kernels.delta.gate import NORM_EPS
+from sse_kernels.gla import (
+    triton_backward,
+    triton_forward,
+    triton_prepare,
+    triton_step,
+)
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -28,10 +35,11 @@ KERNELS = {
     "gla_dscores": triton_backward.gla_dscores_kernel,
     "gla_dqk": triton_backward.gla_dqk_kernel,
     "gla_step": triton_step.gla_step_kernel,
+    "gdn_step": delta_step.gdn_step_kernel,
 }
 _INTEGERS = {"T", "B", "M", "S"}
 _ABSENT = {"initial_state", "final_state", "dfinal", "dinitial"}
-_FP32 = {"g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state"}
+_FP32 = {"shared", "g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state"}
 _INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32", "ids": "*i64", "slots": "*i64"}
 
 
@@ -41,7 +49,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     constants = {
         "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
         "BK": min(blocks.k, width), "BV": min(blocks.v, width), "SCALE": width**-0.5,
-        "BACKWARD": True, "PRECISION": "tf32",
+        "BACKWARD": True, "PRECISION": "tf32", "EPS": NORM_EPS, "GATE_LAST": False,
     }  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -51,7 +59,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         elif argument in _INTEGERS:
             signature[argument] = "i32"
         else:
-            signature[argument] = _pointer(argument, kernel is triton_step.gla_step_kernel)
+            signature[argument] = _pointer(argument, name.endswith("_step"))
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),

@@ -112,12 +112,13 @@ def gla_fwd_kernel(
         h *= tl.load(scales_at + DK)[:, None]
         h = tl.dot(tl.trans(b_k), b_v, h, input_precision=PRECISION)
         h *= tl.load(scales_at + 2 * DK)[:, None]
-        if i_s < B:
-            o_at = shared + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
-            tl.store(o_at, o, mask=mask[:, None] & v_mask)
-        else:
-            o_at = sparse + (((row - T) * HV + i_h) * DV)[:, None] + i_vd[None, :]
-            tl.store(o_at, o.to(sparse.dtype.element_ty), mask=mask[:, None] & v_mask)
+        o_mask = mask[:, None] & v_mask
+        o_tile = ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        # Two masked stores: a branch here keeps triton 3.6 from pipelining the loop.
+        tl.store(shared + o_tile, o, mask=o_mask & (row < T)[:, None])
+        o_tile = (((row - T) * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        o_mask &= (row >= T)[:, None]
+        tl.store(sparse + o_tile, o.to(sparse.dtype.element_ty), mask=o_mask)
     if final_state is not None:
         tl.store(final_state + state_tile, h, mask=v_mask)
 
