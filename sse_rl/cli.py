@@ -258,6 +258,48 @@ def export(
         print(HfApi().upload_folder(repo_id=push_to_hub, folder_path=out))
 
 
+@app.command("convert")
+def convert_model(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Llama, Qwen2 or Qwen3: folder, hub id, GGUF.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    attention_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|I,J,...|all",
+            help="How many layers stay softmax attention, or which (I, for a single one). "
+            "Default: one in four.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of model.convert; repeatable."),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file, for a tokenizer without one.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure teacher and result on this text file.")
+    ] = None,
+    seed: int = 0,
+) -> None:
+    """Turn a softmax Transformer into an SSE-H model; recipes distil it (docs/conversion.md)."""
+    from sse_rl.pipeline.conversion import convert_checkpoint
+
+    report = convert_checkpoint(
+        source,
+        out,
+        attention_layers=attention_layers,
+        overrides=overrides or [],
+        chat_template=chat_template,
+        text=text,
+        seed=seed,
+    )
+    for name, value in report.items():
+        print(f"{name:<22} {value}")
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write a run's HTML report: curves and sample rollouts."""

@@ -6,15 +6,27 @@ names and defaults (GRPOConfig, SFTConfig of TRL 1.16); the others say so.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class Section(BaseModel):
@@ -83,6 +95,11 @@ class Source(Section):
     answer: str = "answer"
     solution: str = "solution"
     """A worked solution to imitate in the cold start; without one, the answer in a box."""
+    answer_match: Pattern | None = None
+    """A regular expression; its first group, in the last match, is the answer: of openai/gsm8k,
+    "#### (.+)"."""
+    solution_remove: Pattern | None = None
+    """A regular expression; what it matches is cut out of solutions: of GSM8K, "<<.*?>>"."""
     id: str = "id"
     kind: Literal["auto", "aime", "math"] = "auto"
     """How answers are compared. Of a generated task, `aime` keeps the problems that it can compare,
@@ -113,6 +130,62 @@ class Data(Section):
     """Held-out problems; without it, `test_fraction` of train, chosen by a hash of the question."""
     test_fraction: Fraction = 0.1
     test_limit: Positive | None = None
+
+
+class Corpus(Source):
+    """Text to distil on: problems with their solutions, rendered as in the cold start, or with
+    `text` any column of text or chat messages."""
+
+    text: str | None = None
+    """The column to read; its values are strings, or lists of {role, content} messages."""
+
+
+class Distill(Section):
+    """Teaches a converted model what its teacher does: first each layer, given the teacher's input
+    to it, then the logits."""
+
+    corpora: list[Corpus] = Field(default_factory=list)
+    """What is read, packed in one row after another; the problems of data.train if empty."""
+    eval: list[Corpus] = Field(default_factory=list)
+    """Text whose perplexity is measured; the held-out problems of `data` if empty."""
+    eval_tokens: Positive = 65536
+    """At most, of each."""
+    teacher_prompts: NonNegative = 0
+    """Problems of data.train that the teacher answers itself; its answers join the corpora."""
+    max_completion_length: Positive = 512
+    """Tokens of such an answer."""
+    align_steps: NonNegative = 200
+    """Optimiser steps of the first stage, which trains the converted layers alone."""
+    align_learning_rate: PositiveFloat = 1e-3
+    max_steps: NonNegative
+    """Optimiser steps of the second stage, which trains all weights."""
+    learning_rate: PositiveFloat = 1e-4
+    lr_scheduler_type: Literal["linear", "constant", "cosine", "constant_with_warmup"] = "cosine"
+    """Of each stage; likewise the next ones."""
+    warmup_steps: NonNegative = 20
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    temperature: PositiveFloat = 1.0
+    """Of both distributions in the divergence of the second stage, KL(teacher | student)."""
+    kl_coef: NonNegativeFloat = 1.0
+    lm_coef: NonNegativeFloat = 0.5
+    """Weight of the cross-entropy with the text itself."""
+    per_device_train_batch_size: Positive = 8
+    """Rows of max_length tokens."""
+    gradient_accumulation_steps: Positive = 1
+    max_length: Positive = 1024
+    """Tokens of a packed row; a longer document goes on in another row."""
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    logging_steps: Positive = 10
+    save_steps: NonNegative = 100
+    """Steps between checkpoints that an interrupted stage goes on from; 0 starts it anew."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.max_steps and self.kl_coef == 0 and self.lm_coef == 0:
+            raise ValueError("kl_coef and lm_coef are both 0: the second stage would learn nothing")
+        return self
 
 
 class Sft(Section):
@@ -261,6 +334,9 @@ class Rewards(Section):
 class Eval(Section):
     every: NonNegative = 0
     """GRPO steps between evaluations; 0 evaluates before the first and after the last only."""
+    num_workers: NonNegative = 0
+    """Workers, as `rollout` describes them, that evaluate while training goes on; 0 evaluates
+    between two steps on the rollout workers."""
     num_samples: Positive = 4
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -296,6 +372,7 @@ class Recipe(Section):
     seed: NonNegative = 0
     model: Model
     data: Data
+    distill: Distill | None = None
     sft: Sft | None = None
     grpo: Grpo | None = None
     rollout: Rollout = Field(default_factory=Rollout)
@@ -304,3 +381,14 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     cluster: Cluster = Field(default_factory=Cluster)
     export: Export = Field(default_factory=Export)
+
+    @model_validator(mode="after")
+    def _teacher(self) -> Self:
+        if self.distill is not None and self.model.convert is None:
+            raise ValueError("distill needs a teacher: give model.convert")
+        if self.model.convert is not None and self.data.tokenizer == "bytes":
+            raise ValueError(
+                f"data.tokenizer = bytes with model.convert: the model reads its teacher's tokens; "
+                f"set data.tokenizer to {self.model.convert.source}"
+            )
+        return self

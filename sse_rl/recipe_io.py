@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from sse_rl import yaml12
 from sse_rl.errors import UserError
-from sse_rl.recipe import Recipe, Section
+from sse_rl.recipe import Convert, Recipe, Section
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -49,6 +49,19 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, origin: str = "rec
         context = check_model_config(recipe.model.config, origin=origin)
         check_context(recipe, context, origin=origin)
     return recipe
+
+
+def parse_convert(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Convert:
+    """The `model.convert` section in `tree`, with `key=value` overrides applied first."""
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Convert.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        for detail in details:
+            detail["loc"] = ("model", "convert", *detail["loc"])
+        raise UserError("\n".join(map(_explain, details))) from None
 
 
 def resolve(recipe: Recipe) -> str:
@@ -112,6 +125,13 @@ def check_files(recipe: Recipe, *, origin: str = "recipe") -> None:
         "data.train.path": data.train.path,
         "data.test.path": data.test.path if data.test else None,
     }
+    if recipe.distill is not None:
+        for name in ("corpora", "eval"):
+            for index, corpus in enumerate(getattr(recipe.distill, name)):
+                files[f"distill.{name}.{index}.path"] = corpus.path
+    source = recipe.model.convert.source if recipe.model.convert else ""
+    if source.endswith(".gguf"):
+        files["model.convert.source"] = source
     for key, path in files.items():
         if path is not None and not Path(path).is_file():
             raise UserError(f"{origin}: {key} = {path}: no such file")

@@ -112,7 +112,8 @@ def test_cispo_without_its_cap_is_refused():
 
 
 def test_two_origins_of_a_model_are_refused():
-    assert "either model.path or model.config" in refusal(MINIMAL, "model.config={hidden_size: 32}")
+    wanted = "exactly one of model.path, model.config, model.convert"
+    assert wanted in refusal(MINIMAL, "model.config={hidden_size: 32}")
 
 
 def test_a_misspelt_key_of_the_model_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,31 @@ def load_problems(source: Source) -> list[Problem]:
     return problems
 
 
+def load_texts(source: Source, column: str) -> list[str | list[dict[str, str]]]:
+    """Column `column` of each row: text, or chat messages {role, content}.
+
+    Raises:
+        UserError: the source cannot be read, or a row has neither.
+    """
+    name, rows = _rows(source)
+    texts: list[str | list[dict[str, str]]] = []
+    for number, row in enumerate(rows, start=1):
+        if len(texts) == source.limit:
+            break
+        value = row.get(column)
+        if isinstance(value, list) and value and all(_is_message(turn) for turn in value):
+            texts.append(value)
+        else:
+            texts.append(_text(row, column, f"{name}, row {number}"))
+    if not texts:
+        raise UserError(f"{name}: no rows")
+    return texts
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
+
+
 def _rows(source: Source) -> tuple[str, Iterable[dict[str, Any]]]:
     if source.task is not None:
         rows = generate(source.task, source.task_args, size=source.size, seed=source.seed)
@@ -125,10 +151,14 @@ def _read(source: Source) -> Iterable[Any]:
 def _problem(row: dict[str, Any], source: Source, place: str, number: int) -> Problem:
     question = _text(row, source.problem, place)
     answer = _text(row, source.answer, place)
+    if source.answer_match is not None:
+        answer = _last_group(source.answer_match, answer, f"{place}: {source.answer}")
     reason = validate_gold(answer, source.kind)
     if reason is not None:
         raise UserError(f"{place}: {source.answer} = {answer!r}: {reason}")
     solution = row.get(source.solution)
+    if isinstance(solution, str) and source.solution_remove is not None:
+        solution = re.sub(source.solution_remove, "", solution).strip()
     return Problem(
         id=str(row[source.id]) if row.get(source.id) is not None else str(number),
         question=question,
@@ -147,6 +177,14 @@ def _text(row: dict[str, Any], column: str, place: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place}: {column} is {value!r}, expected text")
     return text
+
+
+def _last_group(pattern: str, text: str, place: str) -> str:
+    """The first group of the last match, or the whole match of a pattern without groups."""
+    matches = list(re.finditer(pattern, text))
+    if not matches:
+        raise UserError(f"{place}: nothing in {_clip(text)!r} matches answer_match {pattern!r}")
+    return matches[-1][1 if matches[-1].re.groups else 0].strip()
 
 
 def _is_aime(answer: str) -> bool:

@@ -27,23 +27,49 @@ def load_tokenizer(data: Data) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be loaded, or has no chat template or no end token.
     """
-    tokenizer = byte_tokenizer() if data.tokenizer == "bytes" else _pretrained(data.tokenizer)
-    if data.chat_template is not None:
+    return named_tokenizer(data.tokenizer, data.chat_template, "data.tokenizer")
+
+
+def named_tokenizer(
+    name: str, chat_template: str | None, key: str = "tokenizer"
+) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` without a recipe; `key` opens its error messages."""
+    tokenizer = byte_tokenizer() if name == "bytes" else _pretrained(name, key)
+    prefix = key.removesuffix("tokenizer")
+    if chat_template is not None:
         try:
-            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            reason = error.strerror
-            raise UserError(f"data.chat_template = {data.chat_template}: {reason}") from None
+            raise UserError(f"{prefix}chat_template = {chat_template}: {error.strerror}") from None
     if not tokenizer.chat_template:
         raise UserError(
-            f"data.tokenizer = {data.tokenizer}: it has no chat template; "
-            "name a Jinja file in data.chat_template"
+            f"{key} = {name}: it has no chat template; name a Jinja file in {prefix}chat_template"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"data.tokenizer = {data.tokenizer}: it has no end token (eos_token)")
+        raise UserError(f"{key} = {name}: it has no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def location(source: str) -> dict[str, str]:
+    """`from_pretrained`'s arguments for a folder, a hub id, a GGUF file, or a folder with one.
+
+    Raises:
+        UserError: the file is not there, or a folder without config.json holds several.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{source}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{source}: holds several GGUF files, name one of {names}")
+    if files:
+        return {"pretrained_model_name_or_path": source, "gguf_file": files[0].name}
+    return {"pretrained_model_name_or_path": source}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,9 +102,9 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def _pretrained(name: str) -> PreTrainedTokenizerBase:
+def _pretrained(name: str, key: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(**location(name))
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"data.tokenizer = {name}: cannot be loaded: {reason}") from None
+        raise UserError(f"{key} = {name}: cannot be loaded: {reason}") from None

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sse_rl.data.tokenizer import location
 from sse_rl.errors import UserError
 from sse_rl.model.configuration import SSEConfig
 from sse_rl.model.mixer import SSEMixer
@@ -26,6 +26,10 @@ from sse_rl.recipe import Convert
 FAMILIES = ("llama", "qwen2", "qwen3")
 HALF_LIVES = (64, 4096)
 """Tokens: what the channels of a head forget half of, from first to last, in equal ratios."""
+OUTPUT_SCALE = 0.05
+"""Of a converted layer's normalised heads at the start. Attention averages values, so its heads are
+far smaller than the 1 that o_norm gives. SmolLM2-135M, one layer in four kept, on GSM8K: KL with the
+teacher 8.7 at 1, 5.1 at 0.1, 5.7 at 0.03, 6.2 at 0."""
 _DECAY_TEMPERATURE = 16
 _TOP = {
     "model.embed_tokens.weight": "model.embeddings.weight",
@@ -44,7 +48,7 @@ _LAYER = {
 
 
 def convert(teacher: PreTrainedModel, options: Convert, *, seed: int = 0) -> SSEForCausalLM:
-    """An SSE-H of `teacher`'s weights in float32; with all layers kept its logits are the teacher's.
+    """An SSE-H of `teacher`'s weights in float32; with all layers kept, the teacher itself.
 
     Raises:
         UserError: the teacher has a part that SSE-H cannot express, or a kept layer is not there.
@@ -95,11 +99,12 @@ def load_teacher(source: str) -> PreTrainedModel:
     """
     teacher_config(source)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **_location(source), dtype=torch.float32, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **location(source), dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{source}: cannot be loaded: {_line(error)}") from None
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing == ["lm_head.weight"]:
         raise UserError(
@@ -116,7 +121,7 @@ def load_teacher(source: str) -> PreTrainedModel:
 def teacher_config(source: str) -> PretrainedConfig:
     """Its configuration alone. Raises UserError if it cannot be read or is of another family."""
     try:
-        config = AutoConfig.from_pretrained(**_location(source))
+        config = AutoConfig.from_pretrained(**location(source))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{source}: cannot be read as a model: {_line(error)}") from None
     if config.model_type not in FAMILIES:
@@ -198,27 +203,6 @@ def kept_layers(wanted: int | list[int] | None, layers: int) -> list[int]:
     return [math.floor((i + 0.5) * layers / count) for i in range(count)]
 
 
-def gguf_location(source: str) -> dict[str, str] | None:
-    """`from_pretrained`'s arguments for a GGUF file, or a folder that holds one and no config."""
-    path = Path(source)
-    if path.suffix == ".gguf" and path.is_file():
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise UserError(f"{source}: holds several GGUF files, name one of {names}")
-        if files:
-            return {"pretrained_model_name_or_path": source, "gguf_file": files[0].name}
-    return None
-
-
-def _location(source: str) -> dict[str, str]:
-    if source.endswith(".gguf") and not Path(source).is_file():
-        raise UserError(f"{source}: no such file")
-    return gguf_location(source) or {"pretrained_model_name_or_path": source}
-
-
 def _renamed(name: str) -> str | None:
     """Our name of a teacher's tensor, None if it has no counterpart."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
@@ -237,17 +221,16 @@ def _projections(taken: dict[str, Tensor], norm: Tensor, config: SSEConfig) -> d
     would have had: norm's weight over the root mean square that inputs of unit variance give.
     """
     assert config.num_v_heads == config.num_heads
-    heads, width = config.num_heads, config.head_dim
-    projections = {}
+    projections = {"o_proj.weight": taken["o_proj.weight"]}
     for name in ("q", "k", "v"):
-        weight = taken[f"{name}_proj.weight"].unflatten(0, (-1, width))
+        weight = taken[f"{name}_proj.weight"].unflatten(0, (-1, config.head_dim))
         if f"{name}_norm.weight" in taken:
             variance = (weight * norm).square().sum(-1).mean(-1)
             gain = taken[f"{name}_norm.weight"] * (variance + config.norm_eps).rsqrt()[:, None]
             weight = weight * gain[..., None]
-        weight = weight.repeat_interleave(heads // weight.shape[0], 0)
-        projections[f"{name}_proj.weight"] = weight.flatten(0, 1)
-    return projections | {"o_proj.weight": taken["o_proj.weight"]}
+        shared = config.num_heads // weight.shape[0]
+        projections[f"{name}_proj.weight"] = weight.repeat_interleave(shared, 0).flatten(0, 1)
+    return projections
 
 
 @torch.no_grad()
@@ -259,6 +242,7 @@ def _start(mixer: SSEMixer) -> None:
     for conv in (mixer.q_conv1d_shared, mixer.k_conv1d_shared) if config.use_short_conv else ():
         conv.weight.zero_()
         conv.weight[..., -1] = 1
+    mixer.o_norm.weight.fill_(OUTPUT_SCALE)
     if config.linear_attn_type == "gla":
         # logsigmoid(b) / 16 = -ln 2 / half-life
         rate = _DECAY_TEMPERATURE * _rates(config.head_dim)

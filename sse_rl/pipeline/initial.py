@@ -1,4 +1,5 @@
-"""Where the policy comes from: a fresh model or a checkpoint, then the cold start."""
+"""Where the policy comes from: a fresh model, a checkpoint, or a Transformer that is converted and
+distilled; then the cold start."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from sse_rl.pipeline.checkpoint import atomic_folder
 from sse_rl.recipe import Recipe
 from sse_rl.report.console import RunConsole
 
-INIT, SFT = "init", "sft"
-PROGRESS = "sft.jsonl"
+INIT, DISTILL, SFT = "init", "distill", "sft"
+PERPLEXITY = "perplexity.json"
 POLL_S = 1.0
 
 
@@ -29,7 +30,12 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
 
     from sse_rl.model import SSEConfig, SSEForCausalLM
 
-    if recipe.model.path is not None:
+    if recipe.model.convert is not None:
+        from sse_rl.model.convert import convert, load_teacher
+
+        teacher = load_teacher(recipe.model.convert.source)
+        model = convert(teacher, recipe.model.convert, seed=recipe.seed)
+    elif recipe.model.path is not None:
         model = SSEForCausalLM.from_pretrained(recipe.model.path)
     else:
         torch.manual_seed(recipe.seed)
@@ -63,6 +69,17 @@ def context_length(recipe: Recipe, vocab_size: int) -> int:
     from sse_rl.model import SSEConfig
     from sse_rl.pipeline.evaluate import model_folder
 
+    if recipe.model.convert is not None:
+        from sse_rl.model.convert import converted_config, teacher_config
+
+        options = recipe.model.convert
+        config = converted_config(teacher_config(options.source), options)
+        if vocab_size > config.vocab_size:
+            raise UserError(
+                f"data.tokenizer = {recipe.data.tokenizer} has {vocab_size} ids, more than the "
+                f"{config.vocab_size} of {options.source}: name the teacher's tokenizer"
+            )
+        return config.max_position_embeddings
     try:
         if recipe.model.path is None:
             config = SSEConfig(**model_keys(recipe, vocab_size))
@@ -73,60 +90,131 @@ def context_length(recipe: Recipe, vocab_size: int) -> int:
     return config.max_position_embeddings
 
 
-def sft(
+def distill(
     recipe: Recipe, run_dir: Path, interrupted: Callable[[], None], console: RunConsole
 ) -> Path:
-    """Run the cold start in a process of its own, on the learner's resources; returns its folder."""
-    target = run_dir / SFT
-    if target.exists():
-        return target
+    """Distil the converted model in a process of its own; returns the folder of the result."""
+    _in_process(run_distill, DISTILL, recipe, run_dir, INIT, interrupted, console)
+    measured = json.loads((run_dir / DISTILL / PERPLEXITY).read_text())
+    for model, texts in measured.items():
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in texts.items())
+        console.say(f"perplexity, {model}: {shown}")
+    return run_dir / DISTILL
+
+
+def sft(
+    recipe: Recipe,
+    run_dir: Path,
+    base: Path,
+    interrupted: Callable[[], None],
+    console: RunConsole,
+) -> Path:
+    """Run the cold start from `base` in a process of its own; returns the folder of the result."""
+    _in_process(run_sft, SFT, recipe, run_dir, base.name, interrupted, console)
+    return run_dir / SFT
+
+
+def _in_process(
+    body: Callable[[Recipe, str, str], dict[str, float]],
+    stage: str,
+    recipe: Recipe,
+    run_dir: Path,
+    base: str,
+    interrupted: Callable[[], None],
+    console: RunConsole,
+) -> None:
+    """Runs a stage's `body` on the learner's resources, unless its folder is there already."""
+    if (run_dir / stage).exists():
+        return
     resources = recipe.cluster
-    task = ray.remote(run_sft).options(
+    task = ray.remote(body).options(
         num_cpus=resources.learner_cpus,
         num_gpus=resources.learner_gpus,
         max_retries=0,
         runtime_env=cluster.KEEP_FREED_MEMORY,
     )
-    call = task.remote(recipe, str(run_dir))
+    call = task.remote(recipe, str(run_dir), base)
     while not ray.wait([call], timeout=POLL_S)[0]:
         interrupted()
-        console.stage("sft", last_progress(run_dir / PROGRESS))
+        console.stage(stage, last_progress(run_dir / f"{stage}.jsonl"))
     metrics = ray.get(call)
-    console.say("sft finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    return target
+    console.say(f"{stage} finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
-def run_sft(recipe: Recipe, run_dir: str) -> dict[str, float]:
+def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     """The body of the SFT task: everything it needs is in the recipe and the run's folder."""
-    import torch
-
     from sse_rl.data.problems import load_splits
     from sse_rl.data.tokenizer import load_tokenizer
     from sse_rl.model import SSEForCausalLM
     from sse_rl.pipeline.sft import train_sft
 
     assert recipe.sft is not None
-    if recipe.cluster.learner_threads is not None:
-        torch.set_num_threads(recipe.cluster.learner_threads)
     folder = Path(run_dir)
     train, _ = load_splits(recipe.data)
-    log = folder / PROGRESS
-    log.unlink(missing_ok=True)
-
-    def progress(step: int, metrics: dict[str, float]) -> None:
-        with log.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-
     return train_sft(
-        SSEForCausalLM.from_pretrained(folder / INIT),
+        SSEForCausalLM.from_pretrained(folder / base),
         load_tokenizer(recipe.data),
         train,
         data=recipe.data,
         sft=recipe.sft,
         seed=recipe.seed,
         out=folder / SFT,
+        progress=_start(recipe, folder / f"{SFT}.jsonl"),
+    )
+
+
+def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
+    """The body of the distillation task, as `run_sft`."""
+    import torch
+
+    from sse_rl.data.tokenizer import load_tokenizer
+    from sse_rl.model import SSEForCausalLM
+    from sse_rl.model.convert import as_softmax, load_teacher
+    from sse_rl.pipeline.distill import distill as train
+    from sse_rl.pipeline.distill_text import held_out_text, training_text
+
+    options, origin = recipe.distill, recipe.model.convert
+    assert options is not None and origin is not None
+    folder = Path(run_dir)
+    progress = _start(recipe, folder / f"{DISTILL}.jsonl", anew=not options.save_steps)
+    device = "cuda" if recipe.cluster.learner_gpus else "cpu"
+    tokenizer = load_tokenizer(recipe.data)
+    teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)
+    student = SSEForCausalLM.from_pretrained(folder / base).float().to(device)
+    text = training_text(recipe, tokenizer, teacher, folder)
+    state = folder / f"{DISTILL}.pt"
+    measured = train(
+        student,
+        teacher,
+        text,
+        held_out_text(recipe, tokenizer),
+        options=options,
+        seed=recipe.seed,
+        state=state,
         progress=progress,
     )
+    with atomic_folder(folder / DISTILL) as target:
+        student.to(getattr(torch, recipe.model.dtype)).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        (target / PERPLEXITY).write_text(json.dumps(measured, indent=1))
+    state.unlink(missing_ok=True)
+    return {"rows": float(len(text))} | measured["distilled"]
+
+
+def _start(recipe: Recipe, log: Path, *, anew: bool = True) -> Callable[[int, dict], None]:
+    """Prepares a task's process; what its stage reports goes into `log`."""
+    import torch
+
+    if recipe.cluster.learner_threads is not None:
+        torch.set_num_threads(recipe.cluster.learner_threads)
+    if anew:
+        log.unlink(missing_ok=True)
+
+    def progress(step: int, metrics: dict[str, float]) -> None:
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    return progress
 
 
 def last_progress(path: Path) -> str:

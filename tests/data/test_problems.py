@@ -44,6 +44,23 @@ def test_columns_are_read_under_their_own_names(file: Path):
     assert problem.columns["q"] == problem.columns["problem"] == "1+1?"
 
 
+def test_an_answer_and_a_solution_are_taken_out_of_one_column(file: Path):
+    worked = "Half of 48 is <<48/2=24>>24.\nWith 1000: $<<24+1000=1024>>1024.\n#### 1,024"
+    path = write(file, [{"question": "Clips?", "answer": worked}])
+    source = {"path": path, "problem": "question", "solution": "answer"}
+    patterns = {"answer_match": "#### (.+)", "solution_remove": "<<.*?>>|\n#### .*"}
+    (problem,) = load_problems(Source(**source, **patterns))
+    assert problem.answer == "1,024"
+    assert problem.solution == "Half of 48 is 24.\nWith 1000: $1024."
+    message = refusal(Source(**source, answer_match="Answer: (.+)"))
+    assert "row 1: answer: nothing in" in message and "matches answer_match" in message
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"solution_remove\n.*not a regular expression"):
+        Source(path="x.jsonl", solution_remove="<<(")
+
+
 def test_parquet_is_read_as_jsonl_is(tmp_path: Path):
     from datasets import Dataset
 

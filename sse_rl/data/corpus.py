@@ -1,0 +1,115 @@
+"""Text of any kind as packed rows of tokens: what distillation reads, and what perplexity is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sse_rl.data.problems import Problem, load_problems, load_texts
+from sse_rl.data.prompts import render, target
+from sse_rl.errors import UserError
+from sse_rl.recipe import Corpus, Data
+
+
+class Rows(NamedTuple):
+    """Sequences end to end."""
+
+    tokens: np.ndarray
+    """[T] int64."""
+    lengths: list[int]
+    """Of the sequences; they sum to T."""
+
+
+class PackedText:
+    """Documents cut into rows of exactly `max_length` tokens, in an order drawn from the seed.
+
+    A document that a row's end cuts goes on in the next row as a sequence of its own; what is left
+    after the last whole row falls out. Example: documents of 5 and 4 tokens in rows of 3 are
+    [3], [2, 1], [3].
+
+    Raises:
+        UserError: the documents do not fill one row.
+    """
+
+    def __init__(self, documents: Sequence[np.ndarray], *, max_length: int, seed: int) -> None:
+        self.max_length = max_length
+        self._seed = seed
+        order = np.random.default_rng([seed, 0]).permutation(len(documents))
+        self._tokens = np.concatenate([documents[i] for i in order])
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._ends = np.cumsum([len(documents[i]) for i in order])
+        if len(self) == 0:
+            raise UserError(
+                f"distill.max_length = {max_length}: all text together has {len(self._tokens)} "
+                "tokens, less than one row"
+            )
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._tokens) // self.max_length
+
+    def batch(self, number: int, size: int) -> Rows:
+        """Rows number*size to (number+1)*size of endless epochs, each in a fresh order."""
+        rows = [self._row(self._dealt(number * size + i)) for i in range(size)]
+        return Rows(
+            np.concatenate([row.tokens for row in rows]), [n for row in rows for n in row.lengths]
+        )
+
+    def in_order(self, tokens: int) -> list[Rows]:
+        """The first rows, one by one: as many as `tokens` pays for, at least one."""
+        return [self._row(i) for i in range(min(len(self), max(1, tokens // self.max_length)))]
+
+    def _dealt(self, position: int) -> int:
+        epoch, place = divmod(position, len(self))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self._seed, 1 + epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self))
+        return int(self._order[place])
+
+    def _row(self, index: int) -> Rows:
+        begin, end = index * self.max_length, (index + 1) * self.max_length
+        first, last = np.searchsorted(self._ends, [begin, end], side="right")
+        inside = [int(cut) for cut in self._ends[first:last] if begin < cut < end]
+        lengths = [b - a for a, b in pairwise([begin, *inside, end])]
+        return Rows(self._tokens[begin:end], lengths)
+
+
+def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[np.ndarray]:
+    """The documents of a corpus as token ids, each closed by the end token.
+
+    Raises:
+        UserError: it cannot be read, or a row has no text; see `load_problems` and `load_texts`.
+    """
+    if corpus.text is None:
+        return worked(load_problems(corpus), tokenizer, data)
+    documents = []
+    for text in load_texts(corpus, corpus.text):
+        if isinstance(text, str):
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        else:
+            chat = tokenizer.apply_chat_template(text, tokenize=False)
+            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        documents.append(np.array(ids, dtype=np.int64))
+    return documents
+
+
+def worked(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data
+) -> list[np.ndarray]:
+    """Each problem's prompt, its solution and the end token, as the cold start teaches them."""
+    documents = []
+    for problem, prompt in zip(problems, render(problems, tokenizer, data), strict=True):
+        answer = tokenizer(target(problem), add_special_tokens=False)["input_ids"]
+        documents.append(np.array([*prompt.token_ids, *answer, tokenizer.eos_token_id]))
+    return documents
+
+
+def corpus_name(corpus: Corpus) -> str:
+    """What its perplexity is reported under, e.g. `gsm8k_test` or `math500.problem`."""
+    name = corpus.dataset or corpus.task or Path(corpus.path or "").stem
+    return name if corpus.text is None else f"{name}.{corpus.text}"
