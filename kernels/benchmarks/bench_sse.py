@@ -92,7 +92,6 @@ class Problem:
         self.leaves = tuple(x.requires_grad_() for x in leaves)
         self.k = shape.k
         self.cu_seqlens = torch.arange(shape.sequences + 1, device="cuda") * shape.length
-        self.do = torch.randn_like(v)
 
     def forward(self, form: Callable[..., Any]) -> Tensor:
         with torch.no_grad():
@@ -101,7 +100,9 @@ class Problem:
     def both(self, form: Callable[..., Any]) -> tuple[Tensor, ...]:
         """Output and gradients of all leaves."""
         o = self._o(form)
-        return o.detach(), *torch.autograd.grad(o, self.leaves, self.do.to(o.dtype))
+        torch.manual_seed(1)
+        do = torch.randn(o.shape, device="cuda", dtype=torch.bfloat16).to(o.dtype)
+        return o.detach(), *torch.autograd.grad(o, self.leaves, do)
 
     def double(self) -> Problem:
         """The same numbers in fp64."""
@@ -153,9 +154,16 @@ def bench_gla(reference: bool) -> list[Row]:
                 rows.append(_time(f"gla {name} in a CUDA graph, {shape}", _graph_ms(call), None))
         del problem
         torch.cuda.empty_cache()
-    long = Problem(Shape(8, 131072, 16, 128, 4, 1))
-    rows.append(_time("gla forward, T=1048576 in 8", _ms(lambda: long.forward(ours)), None))
     return rows
+
+
+def bench_million() -> list[Row]:
+    """A million tokens forward, which fills most of 80 GB."""
+    torch.cuda.empty_cache()
+    shape = MAIN._replace(length=131072)
+    problem = Problem(shape)
+    torch.cuda.empty_cache()
+    return [_time(f"gla forward, {shape}", _ms(lambda: problem.forward(sse_kernels.sse_gla)), None)]
 
 
 def bench_errors() -> list[Row]:
@@ -252,14 +260,21 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], text=True, cwd=RESULTS.parent
     ).strip()  # fmt: skip
     device = torch.cuda.get_device_name()
-    rows: list[Row] = []
     top = ceilings()
-    if arguments.only != "decode":
-        rows += bench_first_call() + bench_errors() + bench_gla(arguments.reference)
-    if arguments.only != "gla":
-        rows += bench_decode(top["copy_gb_s"])
-    for row in rows:
-        print(f"{row.case:75s} {row.ours:10.4g} {row.unit:8s} {row.ratio or ''}", flush=True)
+    gla = functools.partial(bench_gla, arguments.reference)
+    decode = functools.partial(bench_decode, top["copy_gb_s"])
+    parts: dict[str, list[Callable[[], list[Row]]]] = {
+        "gla": [bench_first_call, bench_errors, gla, bench_million],
+        "decode": [decode],
+    }
+    rows: list[Row] = []
+    for name, benchmarks in parts.items():
+        for benchmark in benchmarks if arguments.only in (None, name) else []:
+            found = benchmark()
+            rows += found
+            for row in found:
+                ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+                print(f"{row.case:75s} {row.ours:10.4g} {row.unit:8s} {ratio}", flush=True)
     report = {
         "name": "sse",
         "device": device,

@@ -52,12 +52,15 @@ def sum_slots(
 ) -> Tensor:
     """[S, T, H * group, D] summed over `base`, the S slots and each group of heads, in this order.
 
-    base: [T, H, D] fp32.
+    base: [T, H, D] fp32. A single slot of this dtype is overwritten with the sum and returned.
     """
     count, tokens, heads, width = slots.shape
     if count == 1 and group == 1 and base is None:
         return slots[0].to(dtype)
-    out = slots.new_empty(tokens, heads // group, width, dtype=dtype)
+    if count == 1 and group == 1 and slots.dtype == dtype:
+        out = slots[0]
+    else:
+        out = slots.new_empty(tokens, heads // group, width, dtype=dtype)
     if out.numel():
         sum_slots_kernel[(triton.cdiv(out.numel(), 2048),)](
             slots,
