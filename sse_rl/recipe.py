@@ -66,6 +66,9 @@ class Model(Section):
     """Keys of SSEConfig, for a model from scratch; the tokenizer sets the vocabulary size."""
     convert: Convert | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: NonNegative | None = None
+    """Of a fresh model's weights; None takes the run's. With `sft.seed`, runs of several seeds
+    start from one and the same base, so that what differs is the reinforcement learning."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -192,6 +195,8 @@ class Sft(Section):
     """The cold start. SFTConfig's names; packing and the loss on the completion alone are on."""
 
     max_steps: Positive
+    seed: NonNegative | None = None
+    """None takes the run's."""
     learning_rate: PositiveFloat = 2e-5
     lr_scheduler_type: str = "linear"
     warmup_steps: NonNegative = 0

@@ -38,7 +38,7 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
     elif recipe.model.path is not None:
         model = SSEForCausalLM.from_pretrained(recipe.model.path)
     else:
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed if recipe.model.seed is None else recipe.model.seed)
         model = SSEForCausalLM(
             SSEConfig(**special_ids(tokenizer) | model_keys(recipe, len(tokenizer)))
         )
@@ -157,7 +157,7 @@ def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
         train,
         data=recipe.data,
         sft=recipe.sft,
-        seed=recipe.seed,
+        seed=recipe.seed if recipe.sft.seed is None else recipe.sft.seed,
         out=folder / SFT,
         progress=_start(recipe, folder / f"{SFT}.jsonl"),
     )
