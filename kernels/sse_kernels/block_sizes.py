@@ -50,7 +50,7 @@ Under a width of 64 the kernels run on 2 warps: on 4, triton 3.6 compiles produc
 bf16 columns into warpgroup instructions that read shared memory out of bounds.
 """
 
-_MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
+MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
     9: {
         "gla_prepare": {64: Blocks(128, 0, 4, 1), 256: Blocks(64, 0, 4, 1)},
         "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
@@ -74,7 +74,7 @@ def block_sizes(kernel: str, x: Tensor, width: int) -> Blocks:
 @functools.cache
 def blocks_for(kernel: str, width: int, generation: int | None) -> Blocks:
     """The table's entry for a compute capability's major number; None: the safe entry."""
-    for table in (_MEASURED.get(generation, {}).get(kernel, {}), _SAFE[kernel]):
+    for table in (MEASURED.get(generation, {}).get(kernel, {}), _SAFE[kernel]):
         fitting = [w for w in table if w <= width]
         if fitting:
             return table[max(fitting)]
@@ -84,7 +84,7 @@ def blocks_for(kernel: str, width: int, generation: int | None) -> Blocks:
 @functools.cache
 def _generation(device: torch.device) -> int:
     major = torch.cuda.get_device_capability(device)[0]
-    if major not in _MEASURED:
+    if major not in MEASURED:
         _log.warning(
             "no measured block sizes for %s (compute capability %d.x): safe ones serve; "
             "kernels/benchmarks/search_blocks.py finds better ones",
