@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ from committed result files.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written and
-the exit code is 1 if a file would change.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written,
+and the exit code is 1 if a file would change.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ def quickstart() -> str:
     head = "| run | before | after | gain | greedy | boxed before | steps | minutes |\n"
     lines = [
         f"| {row['case']} | {percent(row['base'])} | {percent(row['tuned'])} | "
-        f"{100 * row['gain']:+.1f} | {percent(row['base_greedy'])} → {percent(row['tuned_greedy'])} | "
+        f"{100 * row['gain']:+.1f} | "
+        f"{percent(row['base_greedy'])} → {percent(row['tuned_greedy'])} | "
         f"{percent(row['base_boxed'])} | {row['steps']} | {row['wall_s'] / 60:.1f} |\n"
         for row in result["rows"]
     ]
     first = result["rows"][0]
     note = (
         f"\navg@{first['samples']} at T = 1 over the same {first['problems']} unseen problems; "
-        f"{result['device']}, torch {result['torch']}, {result['date']}, commit {result['commit']}, "
-        f"`{result['command']}`.\n"
+        f"{result['device']}, torch {result['torch']}, {result['date']}, "
+        f"commit {result['commit']}, `{result['command']}`.\n"
     )
     return head + "|---" * 8 + "|\n" + "".join(lines) + note
 
