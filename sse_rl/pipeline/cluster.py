@@ -49,19 +49,18 @@ def preflight(recipe: Recipe) -> None:
     """Raises UserError if the cluster lacks what the recipe asks for; an infeasible request to Ray
     would wait for ever."""
     rollout, cluster = recipe.rollout, recipe.cluster
+    workers = rollout.num_workers + (recipe.eval.num_workers if recipe.grpo else 0)
     wanted = {
-        "CPU": rollout.num_workers * rollout.num_cpus_per_worker
-        + cluster.learner_cpus
-        + cluster.reward_cpus,
-        "GPU": rollout.num_workers * rollout.num_gpus_per_worker + cluster.learner_gpus,
+        "CPU": workers * rollout.num_cpus_per_worker + cluster.learner_cpus + cluster.reward_cpus,
+        "GPU": workers * rollout.num_gpus_per_worker + cluster.learner_gpus,
     }
     total = ray.cluster_resources()
     for resource, amount in wanted.items():
         if amount > total.get(resource, 0) + 1e-6:
             raise UserError(
-                f"the recipe asks for {amount:g} {resource}s ({rollout.num_workers} rollout workers, "
+                f"the recipe asks for {amount:g} {resource}s ({workers} rollout workers, "
                 f"one learner, rewards) but the cluster has {total.get(resource, 0):g}: lower "
-                f"rollout.num_workers, rollout.num_{resource.lower()}s_per_worker or "
+                f"rollout.num_workers, eval.num_workers, rollout.num_{resource.lower()}s_per_worker or "
                 f"cluster.learner_{resource.lower()}s, or add nodes"
             )
     for what, cpus, gpus in (

@@ -12,8 +12,9 @@ from typing import Any
 import ray
 import torch
 
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.pipeline.checkpoint import atomic_folder, prune, step_folder, verify
+from sse_rl.pipeline.overlap import Beside, BetweenSteps
 from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource, TakeStats
 from sse_rl.recipe import Recipe
@@ -25,10 +26,6 @@ CURSOR_FILE = "cursor.pt"
 WAIT_S = 1.0
 
 
-class Interrupted(Exception):
-    """Someone asked the run to stop; what was learned so far is saved."""
-
-
 @dataclass(slots=True)
 class Controller:
     recipe: Recipe
@@ -38,8 +35,8 @@ class Controller:
     source: GroupSource
     sinks: Sinks
     console: RunConsole
-    evaluate: Callable[[int], dict[str, float]]
-    """Evaluates the weights of a step; its scores are logged with the batch that they sampled next."""
+    evaluations: BetweenSteps | Beside
+    """Asked before each step; the scores are logged with the batch that is taken next."""
     interrupted: Callable[[], None]
     """Raises Interrupted once the run was asked to stop."""
 
@@ -50,7 +47,7 @@ class Controller:
         for step in range(start + 1, grpo.max_steps + 1):
             cursor = self.source.state_dict()
             try:
-                scores = self.evaluate(step - 1) if self._is_evaluated(step - 1) else {}
+                scores = self.evaluations.scores(step - 1)
                 began = time.monotonic()
                 groups, taken = self.source.take(version=step - 1)
                 generated = time.monotonic()
@@ -75,7 +72,7 @@ class Controller:
             self.console.step(step, grpo.max_steps, metrics)
             if step == grpo.max_steps or (every and step % every == 0):
                 self.save(step, self.source.state_dict())
-        self.evaluate(grpo.max_steps)
+        self.evaluations.finish(grpo.max_steps)
 
     def save(self, step: int, cursor: dict[str, Any]) -> None:
         """Write checkpoints/step-<step>, whole or not at all."""
@@ -95,10 +92,6 @@ class Controller:
         verify(folder)
         _wait(self.learner.load.remote(str(folder)), self._timeout_s, "the learner to load")
         self.source.load_state_dict(torch.load(folder / CURSOR_FILE, weights_only=False))
-
-    def _is_evaluated(self, step: int) -> bool:
-        every = self.recipe.eval.every
-        return step == 0 or bool(every and step % every == 0)
 
     @property
     def _timeout_s(self) -> float:

@@ -66,6 +66,12 @@ class RolloutPool:
         self._weights: tuple[WeightsIndex, Any] | None = None
         self.restarts = 0
 
+    @property
+    def weights(self) -> tuple[WeightsIndex, Any]:
+        """What `set_weights` was given last."""
+        assert self._weights is not None
+        return self._weights
+
     def in_flight(self, channel: str) -> int:
         """Requests submitted on a channel and not yet given back."""
         waiting = [

@@ -23,10 +23,10 @@ from sse_rl.data.problems import Problem, load_splits
 from sse_rl.data.prompts import drop_long, refuse_long, render
 from sse_rl.data.stream import PromptStream
 from sse_rl.data.tokenizer import load_tokenizer
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.pipeline import cluster
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder
-from sse_rl.pipeline.controller import Controller, Interrupted, publish
+from sse_rl.pipeline.controller import Controller, publish
 from sse_rl.pipeline.evaluate import (
     PoolGenerator,
     Prompter,
@@ -35,7 +35,9 @@ from sse_rl.pipeline.evaluate import (
     held_out,
     make_pool,
 )
+from sse_rl.pipeline.overlap import Beside, BetweenSteps, discard_after
 from sse_rl.pipeline.rewards import RewardWorker, Scorer
+from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource
 from sse_rl.recipe import Grpo, Recipe
 from sse_rl.recipe_io import first_difference, load_recipe, resolve
@@ -194,9 +196,7 @@ class Job:
         step = start_step(self.run_dir, resume)
         learner = self._spawn_learner(base, grpo)
         cluster.check_shared_folder(self.run_dir, learner, timeout_s=timeout_s)
-        pool = self._spawn_pool(base)
-        prompter = Prompter(self.tokenizer, recipe.data.system_prompt)
-        generator = PoolGenerator(pool, prompter, self.context, self.interrupted)
+        pool = self._spawn_pool(base, recipe.rollout.num_workers)
         prompts = drop_long(
             render(self.train, self.tokenizer, recipe.data), recipe.data.max_prompt_length
         )
@@ -226,7 +226,7 @@ class Job:
             source,
             sinks,
             self.console,
-            lambda step: self.evaluate(generator, step),
+            self._evaluations(base, pool, step),
             self.interrupted,
         )
         if step:
@@ -234,7 +234,40 @@ class Job:
         publish(learner, pool, version=step, timeout_s=timeout_s)
         controller.train(step)
 
-    def evaluate(self, generator: PoolGenerator, step: int) -> dict[str, float]:
+    def _evaluations(self, base: Path, pool: RolloutPool, step: int) -> BetweenSteps | Beside:
+        """The evaluations of a run that goes on after `step`."""
+        discard_after(self.run_dir, step)
+        options = self.recipe.eval
+        if not options.num_workers:
+            generator = self._generator(pool, self.interrupted)
+            shown = self.console.stage
+            return BetweenSteps(lambda step: self.evaluate(generator, step, shown), options.every)
+        own = self._spawn_pool(base, options.num_workers)
+
+        def evaluate(step: int, check: Callable[[], None]) -> dict[str, float]:
+            scores = self.evaluate(self._generator(own, check), step, lambda *_: None)
+            values = "  ".join(f"{name} {score:.4g}" for name, score in scores.items())
+            self.console.say(f"evaluated step {step}: {values}")
+            return scores
+
+        beside = Beside(
+            self.run_dir,
+            every=options.every,
+            trained=pool,
+            pool=own,
+            evaluate=evaluate,
+            interrupted=self.interrupted,
+        )
+        self._close.append(beside.close)
+        return beside
+
+    def _generator(self, pool: RolloutPool, interrupted: Callable[[], None]) -> PoolGenerator:
+        prompter = Prompter(self.tokenizer, self.recipe.data.system_prompt)
+        return PoolGenerator(pool, prompter, self.context, interrupted)
+
+    def evaluate(
+        self, generator: PoolGenerator, step: int, shown: Callable[[str, str], None]
+    ) -> dict[str, float]:
         """All evaluations of a step, into eval/; what they score, as metrics."""
         from sse_eval import evaluate, load_benchmark
 
@@ -259,7 +292,7 @@ class Job:
                     seed=recipe.seed,
                     prompt="{problem}" if benchmark.source == "data" else braces(recipe),
                     model={"run": recipe.name, "step": step},
-                    progress=lambda n, of, _, name=name: self.console.stage(
+                    progress=lambda n, of, _, name=name: shown(
                         f"eval {name} at step {step}", f"{n}/{of}"
                     ),
                 )
@@ -326,7 +359,7 @@ class Job:
         self._close.append(lambda: ray.kill(learner))
         return learner
 
-    def _spawn_pool(self, base: Path) -> Any:
+    def _spawn_pool(self, base: Path, num_workers: int) -> RolloutPool:
         config = json.loads((base / "config.json").read_text())
         recipe = self.recipe
         spec = EngineSpec(
@@ -334,7 +367,7 @@ class Job:
             dtype=recipe.model.dtype,
             eos_token_ids=eos_token_ids(self.tokenizer),
             max_model_len=min(self.context, recipe.data.max_prompt_length + longest_answer(recipe)),
-            rollout=recipe.rollout,
+            rollout=recipe.rollout.model_copy(update={"num_workers": num_workers}),
             tokenizer=self.tokenizer if recipe.rollout.stop else None,
         )
         pool = make_pool(spec)

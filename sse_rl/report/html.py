@@ -119,8 +119,7 @@ def _curves(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     for title, keys in CURVES.items():
         curves = []
         for key in keys:
-            shift = 1 if key.startswith("eval/") else 0  # logged with the batch sampled next
-            points = [(r["step"] - shift, r[key]) for r in rows if r.get(key) is not None]
+            points = [(_step(r, key), r[key]) for r in rows if r.get(key) is not None]
             if rows and last.get(key) is not None:
                 points.append((rows[-1]["step"], last[key]))
             if points:
@@ -128,6 +127,11 @@ def _curves(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         if curves:
             figures.append(f"<figure><figcaption>{title}</figcaption>{draw(curves)}</figure>")
     return "".join(figures)
+
+
+def _step(row: dict[str, Any], key: str) -> int:
+    """The step that a value belongs to: scores are logged later than the weights they are of."""
+    return row.get("eval/step", row["step"] - 1) if key.startswith("eval/") else row["step"]
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

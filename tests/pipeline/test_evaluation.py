@@ -1,0 +1,113 @@
+"""Evaluations of a tiny random model on Ray, killed in every way, to the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sse_rl.data.tokenizer import byte_tokenizer
+from sse_rl.export import export_model
+from sse_rl.model import SSEConfig, SSEForCausalLM
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PROBLEMS, SAMPLES = 6, 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = SSEConfig(
+        hidden_size=32,
+        head_dim=8,
+        num_heads=2,
+        num_hidden_layers=2,
+        num_writer=1,
+        num_reader=1,
+        intermediate_size=64,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        attn={"layers": [1], "num_heads": 2},
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    export_model(SSEForCausalLM(config), tokenizer, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory) -> Path:
+    rows = [
+        {"id": str(i), "problem": f"What is {i} + {i}?" + " Hm." * i, "answer": str(2 * i)}
+        for i in range(PROBLEMS)
+    ]
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def start(model: Path, benchmark: Path, out: Path, *options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sse_rl", "eval", model, "--benchmark", benchmark]
+    command += ["--samples", SAMPLES, "--max-tokens", 96, "--address", "local", "--out", out]
+    command += ["--max-num-seqs", 4, *options]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+
+
+def rows(out: Path) -> int:
+    path = out / "sums" / "results.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def wait_for_rows(out: Path, count: int, process: subprocess.Popen) -> None:
+    while rows(out) < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(model, benchmark, tmp_path_factory) -> bytes:
+    """The results of an evaluation that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(start(model, benchmark, out))
+    assert rows(out) == PROBLEMS * SAMPLES
+    return (out / "sums" / "results.jsonl").read_bytes()
+
+
+def test_killed_three_times_with_9_it_resumes_to_the_same_bytes(model, benchmark, whole, tmp_path):
+    chance = random.Random(1)
+    for _ in range(3):
+        process = start(model, benchmark, tmp_path)
+        wait_for_rows(tmp_path, rows(tmp_path) + chance.randint(1, 12), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert rows(tmp_path) < PROBLEMS * SAMPLES
+    finish(start(model, benchmark, tmp_path))
+    assert (tmp_path / "sums" / "results.jsonl").read_bytes() == whole
+
+
+def test_a_killed_worker_of_two_is_replaced_and_changes_nothing(model, benchmark, whole, tmp_path):
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two cores")
+    process = start(model, benchmark, tmp_path, "--workers", 2)
+    wait_for_rows(tmp_path, 5, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "RolloutWorker" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    finish(process)
+    assert (tmp_path / "sums" / "results.jsonl").read_bytes() == whole

@@ -1,0 +1,163 @@
+"""`sse-rl eval --endpoint`, `regrade` and `compare`, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from sse_rl.cli import main
+from sse_rl.data.tokenizer import byte_tokenizer
+from sse_rl.evaluation import evaluations_in
+from sse_rl.model import SSEConfig, SSEForCausalLM
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Serves a model `tiny` of 4,096 tokens that answers 2 to everything."""
+
+    def do_GET(self) -> None:
+        self.reply({"data": [{"id": "tiny", "max_model_len": 4096}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"message": {"content": r"\boxed{2}"}, "finish_reason": "stop"}
+        self.reply({"choices": [choice], "usage": {"completion_tokens": 5}})
+
+    def reply(self, answer: object) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    rows = [{"id": str(i), "problem": f"{i} + {i}", "answer": str(2 * i)} for i in (1, 2)]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sse-rl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err  # type: ignore[return-value]
+
+    return run
+
+
+def test_a_served_model_is_measured_logged_regraded_and_compared(call, url, sums, tmp_path):
+    asked = ("--endpoint", url, "--benchmark", sums, "--samples", 2, "--max-tokens", 64)
+    out = tmp_path / "evals"
+    code, shown, err = call("eval", *asked, "--out", out, "--logs", "lm-eval,lighteval")
+    assert code == 0, err
+    assert shown.splitlines()[-1] == "sums: avg@2 50.0 %"
+    names = {path.name for path in (out / "sums").iterdir()}
+    assert names >= {"report.html", "samples_sums.jsonl", "details_sums.parquet"}
+    assert call("eval", *asked, "--out", out, "--fail-under", "0.6")[0] == 1
+
+    results = out / "sums" / "results.jsonl"
+    before = results.read_bytes()
+    results.write_bytes(before.replace(b'"reward": 1.0', b'"reward": 0.0'))
+    code, shown, _ = call("regrade", out, "--fail-under", "0.5")
+    assert (code, shown) == (0, "sums: avg@2 50.0 %\n")
+    assert results.read_bytes() == before
+
+    code, shown, _ = call("compare", out, out / "sums", "--max-drop", "0")
+    assert code == 0 and "+0.0 points" in shown
+
+
+def test_the_prompt_is_chosen_and_recorded(call, url, sums, tmp_path):
+    aime = sums.rename(tmp_path / "aime24.jsonl")
+    asked = ("eval", "--endpoint", url, "--benchmark", aime, "--max-tokens", 64, "--dry-run")
+    for prompt, text in {
+        "default": "1 + 1\nPlease reason step by step, and put",
+        "matharena": "between 0 and 999 inclusive.\n\n1 + 1",
+        "Solve {problem}.": "Solve 1 + 1.",
+    }.items():
+        code, shown, _ = call(*asked, "--prompt", prompt)
+        (plan,) = json.loads(shown)
+        assert code == 0 and text in json.loads(plan["prompt"])[0]["content"]
+        assert plan["samples"] == 64 and not Path(plan["out"]).exists()
+    assert "{problem}" in call(*asked, "--prompt", "Solve it.")[2]
+
+
+def test_a_context_shorter_than_the_answers_is_refused_before_anything_starts(
+    call, url, sums, tmp_path
+):
+    tokenizer = byte_tokenizer()
+    config = SSEConfig(
+        hidden_size=16,
+        head_dim=8,
+        num_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=32,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        attn=None,
+    )
+    torch.manual_seed(0)
+    SSEForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "evals"
+    options = ("--benchmark", sums, "--max-tokens", 250, "--out", out)
+    code, _, err = call("eval", tmp_path / "model", *options)
+    assert code == 2 and "context" in err and "256 tokens" in err and "at most" in err
+    code, _, err = call("eval", "--endpoint", url, *options[:2], "--max-tokens", 5000)
+    assert code == 2 and "4096 tokens" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--endpoint URL"),
+        (["model", "--endpoint", "http://x"], "--endpoint URL"),
+        (["model", "--model", "tiny"], "--model tiny"),
+        (["none", "--logs", "csv"], "log format 'csv'"),
+        (["--endpoint", "localhost"], "http://"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_one_message(call, sums, arguments, message):
+    code, out, err = call("eval", *arguments, "--benchmark", sums)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_the_last_evaluations_of_a_run_stand_for_it(tmp_path: Path):
+    for name in ("heldout-0", "heldout-20", "heldout_greedy-20", "sums-4", "weights-20"):
+        folder = tmp_path / "run" / "eval" / name
+        folder.mkdir(parents=True)
+        if name != "weights-20":
+            (folder / "config.json").write_text("{}")
+            (folder / "results.jsonl").write_text("")
+    found = evaluations_in(tmp_path / "run")
+    assert {name: path.name for name, path in found.items()} == {
+        "heldout": "heldout-20",
+        "heldout_greedy": "heldout_greedy-20",
+        "sums": "sums-4",
+    }
