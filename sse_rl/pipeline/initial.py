@@ -42,7 +42,8 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
         model = SSEForCausalLM(
             SSEConfig(**special_ids(tokenizer) | model_keys(recipe, len(tokenizer)))
         )
-    model = model.to(getattr(torch, recipe.model.dtype))
+    if recipe.model.convert is None:  # what is trained on first stays in float32
+        model = model.to(getattr(torch, recipe.model.dtype))
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -137,7 +138,12 @@ def _in_process(
     while not ray.wait([call], timeout=POLL_S)[0]:
         interrupted()
         console.stage(stage, last_progress(run_dir / f"{stage}.jsonl"))
-    metrics = ray.get(call)
+    try:
+        metrics = ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
     console.say(f"{stage} finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
@@ -165,8 +171,6 @@ def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
 
 def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     """The body of the distillation task, as `run_sft`."""
-    import torch
-
     from sse_rl.data.tokenizer import load_tokenizer
     from sse_rl.model import SSEForCausalLM
     from sse_rl.model.convert import as_softmax, load_teacher
@@ -176,7 +180,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     options, origin = recipe.distill, recipe.model.convert
     assert options is not None and origin is not None
     folder = Path(run_dir)
-    progress = _start(recipe, folder / f"{DISTILL}.jsonl", anew=not options.save_steps)
+    progress = _start(recipe, folder / f"{DISTILL}.jsonl")
     device = "cuda" if recipe.cluster.learner_gpus else "cpu"
     tokenizer = load_tokenizer(recipe.data)
     teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)
@@ -194,23 +198,29 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
         progress=progress,
     )
     with atomic_folder(folder / DISTILL) as target:
-        student.to(getattr(torch, recipe.model.dtype)).save_pretrained(target)
+        student.save_pretrained(target)
         tokenizer.save_pretrained(target)
         (target / PERPLEXITY).write_text(json.dumps(measured, indent=1))
     state.unlink(missing_ok=True)
     return {"rows": float(len(text))} | measured["distilled"]
 
 
-def _start(recipe: Recipe, log: Path, *, anew: bool = True) -> Callable[[int, dict], None]:
-    """Prepares a task's process; what its stage reports goes into `log`."""
+def _start(recipe: Recipe, log: Path) -> Callable[[int, dict[str, float]], None]:
+    """Prepares a task's process; what its stage reports goes into `log`, in place of what an
+    interrupted attempt reported of the same steps."""
     import torch
+
+    from sse_rl.report.sinks import read_rows
 
     if recipe.cluster.learner_threads is not None:
         torch.set_num_threads(recipe.cluster.learner_threads)
-    if anew:
-        log.unlink(missing_ok=True)
+    rows = read_rows(log)
 
     def progress(step: int, metrics: dict[str, float]) -> None:
+        if rows:
+            kept = (json.dumps(row) + "\n" for row in rows if row["step"] < step)
+            log.write_text("".join(kept))
+            rows.clear()
         with log.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 

@@ -118,6 +118,15 @@ def test_a_teacher_can_be_trained_on_the_same_text(llama, tmp_path: Path):
     assert measured["distilled"]["held-out"] < 0.9 * measured["teacher"]["held-out"]
 
 
+def test_it_trains_under_bfloat16(llama, tmp_path: Path):
+    short = {"align_steps": 2, "max_steps": 2, "bf16": True, "gradient_checkpointing": True}
+    subject, measured = run(llama, tmp_path / "s", OPTIONS.model_copy(update=short))
+    assert subject.lm_head.weight.dtype == torch.float32
+    assert measured["distilled"]["held-out"] == pytest.approx(
+        measured["converted"]["held-out"], rel=0.5
+    )
+
+
 def test_a_damaged_state_is_refused(llama, tmp_path: Path):
     state = tmp_path / "state.pt"
     state.write_bytes(b"not a checkpoint")
