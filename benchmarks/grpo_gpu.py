@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--answers", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--commit", help="where the tree is no git checkout")
     options = parser.parse_args()
     rows = []
     for variant in ("gla", "gdn"):
@@ -146,10 +147,12 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "device": device,
         "torch": torch.__version__,
         "triton": __import__("triton").__version__ if cuda else None,
-        "commit": found.stdout.strip() or "unknown",
+        "commit": options.commit or found.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
         "command": "python benchmarks/grpo_gpu.py",
-        "shape": {key: value for key, value in vars(options).items() if key != "device"},
+        "shape": {
+            key: value for key, value in vars(options).items() if key not in ("device", "commit")
+        },
         "rows": rows,
     }
     path = Path(__file__).parent / "results" / f"grpo-gpu-{device.replace(' ', '-').lower()}.json"

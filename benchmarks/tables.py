@@ -50,11 +50,32 @@ def quickstart() -> str:
     return head + "|---" * 8 + "|\n" + "".join(lines) + note
 
 
+def grpo_gpu() -> str:
+    (path,) = (ROOT / "benchmarks" / "results").glob("grpo-gpu-*.json")
+    result = json.loads(path.read_text())
+    head = "| case | log-prob gap, mean | max | KL | flip rate | rollout tokens/s | learner tokens/s |\n"
+    lines = [
+        f"| {row['case']} | {row['rollout_logprob_diff_mean']:.4f} | "
+        f"{row['rollout_logprob_diff_max']:.3f} | {row['rollout_kl']:.1e} | "
+        f"{100 * row['flip_rate']:.2f} % | {row['rollout_tokens_per_s']:,.0f} | "
+        f"{row['learner_tokens_per_s']:,.0f} |\n"
+        for row in result["rows"]
+    ]
+    shape = result["shape"]
+    note = (
+        f"\n{result['device']}, {shape['dtype']}, width {shape['width']}, {shape['layers']} layers, "
+        f"{shape['prompts']} x {shape['answers']} answers of {shape['tokens']} tokens, the third "
+        f"step; torch {result['torch']}, triton {result['triton']}, {result['date']}, commit "
+        f"{result['commit']}, `{result['command']}`. The first case includes first compilations.\n"
+    )
+    return head + "|---" * 7 + "|\n" + "".join(lines) + note
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-TABLES: dict[str, Any] = {"quickstart": quickstart}
+TABLES: dict[str, Any] = {"quickstart": quickstart, "grpo_gpu": grpo_gpu}
 
 if __name__ == "__main__":
     main()
