@@ -110,7 +110,9 @@ def _warnings(summary: Summary) -> list[Finding]:
 def _remarks(summary: Summary) -> list[Finding]:
     found = []
     most = max(map(int, summary["pass_at"]), default=0)
-    if most > 1 and summary["maj"] is not None:
+    if summary["avg"] == 0:
+        found.append(Finding(f"None of {count(summary['finished'], 'answer')} is right."))
+    elif most > 1 and summary["maj"] is not None:
         text = (
             f"With {most} tries it solves {percent(summary['pass_at'][str(most)])} of the problems"
         )
