@@ -21,7 +21,7 @@ import numpy as np
 import ray
 
 from sse_rl.errors import Interrupted
-from sse_rl.pipeline.checkpoint import atomic_folder, is_complete
+from sse_rl.pipeline.checkpoint import MANIFEST, atomic_folder, is_complete
 from sse_rl.pipeline.rollouts import RolloutPool
 
 WEIGHTS, INDEX, BUFFER = "weights", "index.pkl", "buffer.npy"
@@ -128,6 +128,7 @@ class Beside:
         index = pickle.loads((folder / INDEX).read_bytes())
         self._pool.set_weights(index, ray.put(np.load(folder / BUFFER)))
         scores = self._evaluate(step, self._check)
+        (folder / MANIFEST).unlink()  # first, so that a kill leaves no folder that seems whole
         shutil.rmtree(folder)
         return scores
 
@@ -149,5 +150,6 @@ class Beside:
     def _left(self) -> Iterator[int]:
         """Steps whose evaluation a former attempt at the run did not end."""
         for folder in self._eval_dir.glob(f"{WEIGHTS}-*"):
-            if is_complete(folder):
-                yield int(folder.name.rpartition("-")[2])
+            number = folder.name.rpartition("-")[2]
+            if number.isdigit() and is_complete(folder):
+                yield int(number)
