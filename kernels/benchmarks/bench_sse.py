@@ -121,7 +121,7 @@ def reference_gla(
     routing: Routing, *, cu_seqlens: Tensor,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The authors' sorted form, rebuilt: gather, cat, one varlen call of fla, index_add."""
-    from fla.ops.gla import chunk_gla
+    from fla.ops.gla import chunk_gla  # pyright: ignore
 
     n, k = routing.probs.shape[1], routing.ids.shape[1]
     lengths = cu_seqlens.diff()
@@ -234,11 +234,11 @@ def ceilings() -> dict[str, float]:
 
 
 def _ms(call: Callable[[], object]) -> float:
-    return do_bench(call, warmup=50, rep=200, return_mode="median")
+    return float(do_bench(call, warmup=50, rep=200, return_mode="median"))  # pyright: ignore
 
 
 def _graph_ms(call: Callable[[], object]) -> float:
-    return do_bench_cudagraph(call, rep=50, return_mode="median")
+    return float(do_bench_cudagraph(call, rep=50, return_mode="median"))  # pyright: ignore
 
 
 def _time(case: str, ms: float, baseline: float | None) -> Row:
@@ -250,7 +250,7 @@ def _error(x: Tensor, exact: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=["gla", "decode"])
     parser.add_argument("--reference", action="store_true", help="compare with fla's chunk_gla")
     parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")

@@ -102,7 +102,7 @@ def _assembled(ptx: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--width", type=int, default=128)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import sse_kernels
 import torch
-from bench_sse import MAIN, Problem
+from bench_sse import MAIN, Problem  # pyright: ignore
 from sse_kernels import block_sizes, route
 from sse_kernels.block_sizes import Blocks
 from torch.profiler import ProfilerActivity, profile
@@ -92,7 +92,7 @@ def search(kernel: str, width: int) -> list[tuple[float, Blocks]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--width", type=int, nargs="*", default=[64, 128, 256])
     parser.add_argument("--kernel", nargs="*", default=[*KERNELS, *STEPS])
     arguments = parser.parse_args()

@@ -10,6 +10,10 @@ The sum of dg is taken from the state at every chunk's end, so that rounding doe
 sequence. k' and q' of one token multiply the same rounded products in dq and dk and cancel exactly.
 """
 
+# Triton's annotations do not describe what its compiler accepts.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import torch

@@ -5,6 +5,10 @@ With q', k', A of triton_prepare, G_C a chunk's summed decay and h the state bef
 Every stream writes its own outputs, the shared one in fp32; they are summed in fixed order.
 """
 
+# Triton's annotations do not describe what its compiler accepts.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,10 @@ With G the decays summed inside a chunk, r_q and r_k reference points (see `refe
     q' = scale w q e^(G - r_q)     k' = w k e^(r_k - G)     A = tril(q' k'^T)
 """
 
+# Triton's annotations do not describe what its compiler accepts.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import NamedTuple
