@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sse_rl.errors import UserError
+from sse_rl.errors import RunError, UserError
 
 app = typer.Typer(
     name="sse-rl",
@@ -39,13 +39,17 @@ Address = Annotated[
 
 
 def main() -> NoReturn:
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library in ("HF_DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except UserError as error:
         print(f"sse-rl: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"sse-rl: {error}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
 
 
@@ -242,13 +246,12 @@ def export(
     from transformers import AutoTokenizer
 
     from sse_rl.export import export_model
-    from sse_rl.model import SSEForCausalLM
-    from sse_rl.pipeline.evaluate import model_folder
+    from sse_rl.pipeline.evaluate import load_policy, model_folder
 
     folder = model_folder(str(source))
     if out.exists():
         raise UserError(f"{out}: exists already, choose another folder")
-    model = SSEForCausalLM.from_pretrained(folder)
+    model = load_policy(folder)
     export_model(model, AutoTokenizer.from_pretrained(folder), out)
     print(out)
     if push_to_hub is not None:

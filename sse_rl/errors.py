@@ -11,5 +11,12 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """A run that cannot go on: a part of it died, stayed silent or failed.
+
+    Its message says which part and why. The command line prints it and exits 1.
+    """
+
+
 class Interrupted(Exception):
     """Someone asked a run to stop; what it has learned so far is saved."""

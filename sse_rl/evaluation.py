@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from sse_rl.pipeline.evaluate import (
     Prompter,
     as_user_error,
     eos_token_ids,
+    load_policy,
     make_pool,
     model_folder,
 )
@@ -84,8 +85,7 @@ class Checkpoint:
 
     @cached_property
     def name(self) -> str:
-        path = Path(self.model).resolve()
-        return f"{path.parent.name}-{path.name}" if path.name in ("export", "model") else path.name
+        return Path(self.model).resolve().name
 
     @cached_property
     def folder(self) -> Path:
@@ -113,9 +113,7 @@ class Checkpoint:
     @contextmanager
     def open(self, longest: int) -> Iterator[Opened]:
         """Engines with room for `longest` tokens of prompt and answer."""
-        from sse_rl.model import SSEForCausalLM
-
-        policy = SSEForCausalLM.from_pretrained(self.folder)
+        policy = load_policy(self.folder)
         index, buffer = pack(policy.state_dict(), version=0)
         cluster.connect(self.address)
         rollout = rollout_of(self.workers, self.max_num_seqs)
@@ -173,7 +171,7 @@ class Served:
         yield Opened(self.endpoint, identity, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """A model, what it is asked, and where the answers go: `out`/<benchmark>/."""
 
@@ -181,25 +179,23 @@ class Evaluation:
     protocol: Protocol
     out: Path | None = None
     """None is evals/<name of the model>."""
+    benchmarks: list[Benchmark] = field(init=False)
 
-    @cached_property
-    def benchmarks(self) -> list[Benchmark]:
+    def __post_init__(self) -> None:
         """Raises UserError for a benchmark that cannot be read or is there twice."""
         names, limit = self.protocol.benchmarks, self.protocol.limit
         loaded = [as_user_error(load_benchmark, name, limit=limit) for name in names]
-        if not loaded:
-            raise UserError("--benchmark: name at least one")
         if len({bench.name for bench in loaded}) < len(loaded):
             raise UserError(f"--benchmark {','.join(names)}: one of them is there twice")
-        return loaded
+        object.__setattr__(self, "benchmarks", loaded)
 
     def plans(self) -> list[Plan]:
         """What would be asked, with nothing started.
 
         Raises UserError for a model that cannot be read, and for a context that is too short.
         """
-        context, max_tokens = self.target.context, self.protocol.max_tokens
         found = [self._plan(bench) for bench in self.benchmarks]
+        context, max_tokens = self.target.context, self.protocol.max_tokens
         longest = max(plan.longest_prompt or 1 for plan in found)
         if context is not None and longest + max_tokens > context:
             raise UserError(
@@ -219,7 +215,7 @@ class Evaluation:
             return {bench.name: self._run(bench, model, progress) for bench in self.benchmarks}
 
     def _plan(self, bench: Benchmark) -> Plan:
-        requests = requests_of(bench, **(self._sampling(bench) | {"samples": 1}))
+        requests = requests_of(bench, **self._sampling(bench) | {"samples": 1})
         prompts = [self.target.render(request.messages) for request in requests]
         counted = [n for n in map(self.target.tokens, prompts) if n is not None]
         return Plan(
@@ -249,7 +245,7 @@ class Evaluation:
 
     def _sampling(self, bench: Benchmark) -> dict[str, Any]:
         protocol = self.protocol
-        settings: dict[str, Any] = {
+        return {
             "samples": protocol.samples,
             "temperature": protocol.temperature,
             "top_p": protocol.top_p,
@@ -257,7 +253,6 @@ class Evaluation:
             "seed": protocol.seed,
             "prompt": as_user_error(prompt_template, protocol.prompt, bench.name),
         }
-        return settings
 
 
 def rollout_of(workers: int | None, max_num_seqs: int) -> Rollout:
@@ -310,7 +305,7 @@ def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
     """
     old, new = evaluations_in(before), evaluations_in(after)
     if len(old) == len(new) == 1:
-        return list(zip(old.values(), new.values(), strict=True))
+        return [(*old.values(), *new.values())]
     common = [name for name in old if name in new]
     if not common:
         raise UserError(

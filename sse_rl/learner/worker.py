@@ -1,4 +1,4 @@
-"""The Ray actor around the learner: it moves groups in, and metrics, weights and checkpoints out."""
+"""The Ray actor around the learner: groups go in; metrics, weights and checkpoints come out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LearnerWorker:
         self.learner = Learner(load(), grpo, reference=reference, device=torch.device(device))
 
     def sees(self, path: str) -> bool:
-        return Path(path).is_dir()
+        return Path(path).exists()
 
     def step(self, groups: list[Group]) -> dict[str, float]:
         return self.learner.step(groups)

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; on a clean exit it becomes `target`, replacing a former one."""
+    """Yields an empty folder to fill; a clean exit makes it `target`, in place of a former one."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -30,7 +30,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(partial)): _sha256(path) for path in files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, partial / MANIFEST, partial]:
+    folders = [path for path in partial.rglob("*") if path.is_dir()]
+    for path in [*files, partial / MANIFEST, *folders, partial]:
         _fsync(path)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -49,7 +50,10 @@ def verify(folder: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{folder}: no {MANIFEST}, so this checkpoint was never finished") from None
     except ValueError:
-        raise UserError(f"{folder / MANIFEST}: damaged, not JSON") from None
+        raise UserError(
+            f"{folder / MANIFEST}: damaged, not JSON. Resume from an earlier checkpoint with "
+            "--resume STEP"
+        ) from None
     for name, digest in manifest.items():
         path = folder / name
         if not path.is_file():

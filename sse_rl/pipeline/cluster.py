@@ -1,19 +1,23 @@
-"""Joining or starting a Ray cluster, and asking it only for what it has."""
+"""Joining or starting a Ray cluster, asking it only for what it has, and waiting with a limit."""
 
 from __future__ import annotations
 
 import logging
 import os
+import time
+import uuid
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ray
+import torch
 
-from sse_rl.errors import UserError
+from sse_rl.errors import RunError, UserError
 from sse_rl.recipe import Recipe
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+POLL_S = 0.2
 KEEP_FREED_MEMORY = {
     "env_vars": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 }
@@ -25,29 +29,29 @@ def connect(address: str) -> None:
     """Join `address` (a host:port, or `auto`: RAY_ADDRESS or a running cluster, else local), or
     start a cluster of this machine alone (`local`). Code travels with the job, so that nodes need
     our dependencies but not our packages. A second call in one process changes nothing.
+
+    Raises UserError if no cluster answers at an address that was given.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address == "auto":
-        try:
-            _join("auto")
-        except ConnectionError:
-            _start_local()
-    elif address == "local":
+    given = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+    if address == "local" or given == "local":
         _start_local()
-    else:
-        try:
-            _join(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"--address {address}: no Ray cluster answers there ({error})"
-            ) from None
+        return
+    try:
+        _join(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if given is None and isinstance(error, ConnectionError):
+            _start_local()
+            return
+        where = f"--address {given}" if address != "auto" else f"RAY_ADDRESS={given}"
+        raise UserError(f"{where}: no Ray cluster can be joined there ({error})") from None
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raises UserError if the cluster lacks what the recipe asks for; an infeasible request to Ray
-    would wait for ever."""
+    """Raises UserError if the cluster lacks what the recipe asks for, or if others still use it
+    after `cluster.placement_timeout_s`; a request that Ray cannot place would wait for ever."""
     rollout, cluster = recipe.rollout, recipe.cluster
     workers = rollout.num_workers + (recipe.eval.num_workers if recipe.grpo else 0)
     wanted = {
@@ -57,39 +61,91 @@ def preflight(recipe: Recipe) -> None:
     total = ray.cluster_resources()
     for resource, amount in wanted.items():
         if amount > total.get(resource, 0) + 1e-6:
+            unit = resource.lower()
             raise UserError(
-                f"the recipe asks for {amount:g} {resource}s ({workers} rollout workers, "
-                f"one learner, rewards) but the cluster has {total.get(resource, 0):g}: lower "
-                f"rollout.num_workers, eval.num_workers, rollout.num_{resource.lower()}s_per_worker or "
-                f"cluster.learner_{resource.lower()}s, or add nodes"
+                f"the recipe asks for {amount:g} {resource}s ({workers} rollout and evaluation "
+                f"workers, one learner, rewards) but the cluster has {total.get(resource, 0):g}: "
+                f"lower rollout.num_workers, eval.num_workers, rollout.num_{unit}s_per_worker or "
+                f"cluster.learner_{unit}s, or add nodes"
             )
-    for what, cpus, gpus in (
-        ("a rollout worker", rollout.num_cpus_per_worker, rollout.num_gpus_per_worker),
-        ("the learner", cluster.learner_cpus, cluster.learner_gpus),
+    for key, cpus, gpus in (
+        ("rollout.num_*_per_worker", rollout.num_cpus_per_worker, rollout.num_gpus_per_worker),
+        ("cluster.learner_*", cluster.learner_cpus, cluster.learner_gpus),
     ):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
-            raise UserError(f"no single node has the {cpus:g} CPUs and {gpus:g} GPUs of {what}")
+            raise UserError(f"{key}: no single node has {cpus:g} CPUs and {gpus:g} GPUs")
+    deadline = time.monotonic() + cluster.placement_timeout_s
+    while lacking := _lacking(wanted):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the recipe asks for {lacking} of the cluster for "
+                f"cluster.placement_timeout_s = {cluster.placement_timeout_s:g} s: others use the "
+                "rest; end them or ask for less"
+            )
+        time.sleep(POLL_S)
+
+
+def get(reference: Any, what: str, *, timeout_s: float | None = None) -> Any:
+    """The result of a call to an actor or task; `what` names it in messages.
+
+    Raises UserError if the call raised one, RunError if it raised anything else, its process died,
+    or `timeout_s` passed.
+    """
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.RayError as error:
+        raise failure(error, what, timeout_s) from None
+
+
+def failure(error: ray.exceptions.RayError, what: str, timeout_s: float | None = None) -> Exception:
+    """What an error of Ray means: UserError if that is its cause, else RunError."""
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return RunError(f"{what}: no answer within {timeout_s:g} s")
+    if isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error.cause, UserError):
+            return UserError(str(error.cause))
+        return RunError(f"{what} failed: {type(error.cause).__name__}: {error.cause}\n\n{error}")
+    return RunError(f"{what} died: {error}")
 
 
 def check_shared_folder(run_dir: Path, learner: Any, *, timeout_s: float) -> None:
-    """Raises UserError unless the learner's node sees the run folder, where it writes checkpoints."""
-    if not ray.get(learner.sees.remote(str(run_dir)), timeout=timeout_s):
+    """Raises UserError unless the learner's node sees the run folder: checkpoints go there."""
+    mark = run_dir / f".seen-{uuid.uuid4().hex}"
+    mark.touch()
+    try:
+        seen = get(learner.sees.remote(str(mark)), "the learner's start", timeout_s=timeout_s)
+    finally:
+        mark.unlink()
+    if not seen:
         raise UserError(
             f"{run_dir}: the learner's node does not see this folder; on a cluster --runs-dir must "
             "be on storage that all nodes share"
         )
 
 
-def _start_local() -> None:
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        configure_logging=True,
+def _lacking(wanted: dict[str, float]) -> str:
+    free = ray.available_resources()
+    return ", ".join(
+        f"{amount:g} {resource}s but {free.get(resource, 0):g} were free"
+        for resource, amount in wanted.items()
+        if amount > free.get(resource, 0) + 1e-6
     )
+
+
+def _start_local() -> None:
+    memory = None if torch.cuda.is_available() else LOCAL_OBJECT_STORE_BYTES
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=memory,
+            configure_logging=True,
+        )
+    except Exception as error:  # Ray raises a bare one when its processes do not come up in time
+        raise RunError(f"Ray did not start on this machine: {error}") from error
 
 
 def _join(address: str) -> None:

@@ -1,4 +1,4 @@
-"""The loop: take a batch, learn from it, publish the weights, log; now and then save and evaluate."""
+"""The loop: take a batch, learn from it, publish the weights, log; at times save and evaluate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import ray
 import torch
 
-from sse_rl.errors import Interrupted, UserError
-from sse_rl.pipeline.checkpoint import atomic_folder, prune, step_folder, verify
+from sse_rl.errors import Interrupted, RunError
+from sse_rl.pipeline import cluster
+from sse_rl.pipeline.checkpoint import atomic_folder, is_complete, prune, step_folder
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
 from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource, TakeStats
@@ -24,12 +25,15 @@ from sse_rl.types import Group
 
 CURSOR_FILE = "cursor.pt"
 WAIT_S = 1.0
+PUMP_S = 0.05
 
 
 @dataclass(slots=True)
 class Controller:
     recipe: Recipe
     run_dir: Path
+    tokenizer: Any
+    """Saved with each checkpoint, so that its model/ can be evaluated and exported alone."""
     learner: Any
     pool: RolloutPool
     source: GroupSource
@@ -77,20 +81,20 @@ class Controller:
     def save(self, step: int, cursor: dict[str, Any]) -> None:
         """Write checkpoints/step-<step>, whole or not at all."""
         target = step_folder(self.run_dir, step)
-        if target.exists():
+        if is_complete(target):
             return
         with atomic_folder(target) as folder:
-            _wait(self.learner.save.remote(str(folder)), self._timeout_s, "the learner to save")
+            saved = self.learner.save.remote(str(folder))
+            cluster.get(saved, "the learner, saving", timeout_s=self._timeout_s)
+            self.tokenizer.save_pretrained(folder / "model")
             torch.save(cursor, folder / CURSOR_FILE)
         prune(self.run_dir, keep=self.recipe.checkpoint.keep)
 
     def load(self, step: int) -> None:
-        """Go on from checkpoints/step-<step>. Raises UserError if it is damaged."""
+        """Go on from checkpoints/step-<step>, which is whole."""
         folder = step_folder(self.run_dir, step)
-        if not folder.exists():
-            raise UserError(f"{folder}: there is no such checkpoint to resume from")
-        verify(folder)
-        _wait(self.learner.load.remote(str(folder)), self._timeout_s, "the learner to load")
+        loaded = self.learner.load.remote(str(folder))
+        cluster.get(loaded, f"the learner, loading {folder}", timeout_s=self._timeout_s)
         self.source.load_state_dict(torch.load(folder / CURSOR_FILE, weights_only=False))
 
     @property
@@ -100,19 +104,22 @@ class Controller:
     def _learn(self, groups: list[Group]) -> dict[str, Any]:
         call = self.learner.step.remote(groups)
         deadline = time.monotonic() + self._timeout_s
-        while not ray.wait([call], timeout=WAIT_S)[0]:
+        pause = PUMP_S if self.recipe.grpo and self.recipe.grpo.max_staleness else WAIT_S
+        while not ray.wait([call], timeout=pause)[0]:
             self.source.pump()
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the controller waited {self._timeout_s:g} s for a learner step"
+                raise RunError(
+                    f"the learner, in a step: no answer within cluster.learner_timeout_s = "
+                    f"{self._timeout_s:g} s"
                 )
-        return ray.get(call)
+        return cluster.get(call, "the learner, in a step")
 
 
 def publish(learner: Any, pool: RolloutPool, *, version: int, timeout_s: float) -> None:
     """Hand the learner's weights to every rollout worker under a version number."""
     index_ref, buffer_ref = learner.weights.options(num_returns=2).remote(version)
-    pool.set_weights(_wait(index_ref, timeout_s, "the learner's weights"), buffer_ref)
+    index = cluster.get(index_ref, "the learner, giving its weights", timeout_s=timeout_s)
+    pool.set_weights(index, buffer_ref)
 
 
 def shuffle_rewards(groups: list[Group], *, seed: int, step: int) -> None:
@@ -141,10 +148,3 @@ def batch_metrics(groups: list[Group], taken: TakeStats) -> dict[str, float]:
         "sampling/kept_no_signal": taken.kept_no_signal,
     }
     return metrics
-
-
-def _wait(reference: Any, timeout_s: float, what: str) -> Any:
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        raise TimeoutError(f"the controller waited {timeout_s:g} s for {what}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from sse_eval import Benchmark, EvaluationError, Problem, SampleOutput, SampleRequest
+import torch
+from safetensors import SafetensorError
+from sse_eval import EvaluationError, SampleOutput, SampleRequest
 from sse_eval.types import Message
 
-from sse_rl.data.problems import Problem as DataProblem
-from sse_rl.data.prompts import chat, question, tokenize
+from sse_rl.data.prompts import chat, tokenize
 from sse_rl.errors import UserError
+from sse_rl.model import SSEForCausalLM
 from sse_rl.pipeline import cluster
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder
 from sse_rl.pipeline.rollouts import RolloutPool
-from sse_rl.recipe import Data
 from sse_rl.rollout.worker import EngineSpec, RolloutWorker
 from sse_rl.types import Completion, Request, SamplingParams
 
@@ -57,13 +57,17 @@ class PoolGenerator:
     prompter: Prompter
     max_context: int | None
     interrupted: Callable[[], None] = lambda: None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    _calls: int = 0
 
     def render(self, messages: Sequence[Message]) -> str:
         return self.prompter.render(messages)
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[SampleOutput]:
-        """Raises UserError before the first sample if a prompt and its answer exceed the context."""
+        """Raises UserError, before the first sample, where prompt and answer exceed the context."""
         asked = {}
+        self._calls += 1  # a late answer to a call that was given up must not pass for one of this
         for number, request in enumerate(requests):
             prompt = self.render(request.messages)
             token_ids = self.prompter.token_ids(prompt)
@@ -73,12 +77,14 @@ class PoolGenerator:
                     f"{request.max_tokens} exceed the model's context of {self.max_context}: lower "
                     "--max-tokens"
                 )
-            name = f"{CHANNEL}/{number}"
+            name = f"{CHANNEL}/{self._calls}/{number}"
             asked[name] = (request, prompt)
             params = SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
                 max_tokens=request.max_tokens,
+                stop=self.stop,
+                stop_token_ids=self.stop_token_ids,
                 seed=request.seed,
             )
             self.pool.submit(Request(name, token_ids, params))
@@ -102,16 +108,6 @@ class PoolGenerator:
             prompt=prompt,
             cuts={b: len(decode(ids[:b])) for b in request.budgets if b < len(ids)},
         )
-
-
-def held_out(problems: Sequence[DataProblem], data: Data) -> Benchmark:
-    """The recipe's held-out problems as a benchmark whose prompt is `{problem}`: the template is
-    applied already."""
-    rows = tuple(
-        Problem(id=p.id, problem=question(p, data), answer=p.answer, kind=p.kind) for p in problems
-    )
-    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-    return Benchmark(name="heldout", problems=rows, source="data", revision="", sha256=digest)
 
 
 def make_pool(spec: EngineSpec) -> RolloutPool:
@@ -140,11 +136,26 @@ def model_folder(path: str) -> Path:
     candidates += [step_folder(root, steps[-1]) / "model"] if steps else []
     for folder in candidates:
         if (folder / "config.json").is_file():
-            model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+            try:
+                model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{folder / 'config.json'}: damaged ({error})") from None
             if model_type != "sse":
                 raise UserError(f"{folder}: model_type {model_type!r} is not an SSE-H model")
             return folder
     raise UserError(f"{path}: no model there (looked for config.json in it, model/ and export/)")
+
+
+def load_policy(folder: Path, dtype: torch.dtype | None = None) -> SSEForCausalLM:
+    """The model in `folder`. Raises UserError if its files are damaged or of another model."""
+    try:
+        options = {} if dtype is None else {"dtype": dtype}
+        model, info = SSEForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
+        return model
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: no model can be loaded from there: {error}") from None
 
 
 def eos_token_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
     import torch
 
     from sse_rl.model import SSEConfig, SSEForCausalLM
+    from sse_rl.pipeline.evaluate import load_policy, model_folder
 
     if recipe.model.convert is not None:
         from sse_rl.model.convert import convert, load_teacher
@@ -36,7 +37,7 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
         teacher = load_teacher(recipe.model.convert.source)
         model = convert(teacher, recipe.model.convert, seed=recipe.seed)
     elif recipe.model.path is not None:
-        model = SSEForCausalLM.from_pretrained(recipe.model.path)
+        model = load_policy(model_folder(recipe.model.path))
     else:
         torch.manual_seed(recipe.seed if recipe.model.seed is None else recipe.model.seed)
         model = SSEForCausalLM(
@@ -138,12 +139,7 @@ def _in_process(
     while not ray.wait([call], timeout=POLL_S)[0]:
         interrupted()
         console.stage(stage, last_progress(run_dir / f"{stage}.jsonl"))
-    try:
-        metrics = ray.get(call)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
+    metrics = cluster.get(call, f"the {stage} task")
     console.say(f"{stage} finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
@@ -151,14 +147,14 @@ def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     """The body of the SFT task: everything it needs is in the recipe and the run's folder."""
     from sse_rl.data.problems import load_splits
     from sse_rl.data.tokenizer import load_tokenizer
-    from sse_rl.model import SSEForCausalLM
+    from sse_rl.pipeline.evaluate import load_policy
     from sse_rl.pipeline.sft import train_sft
 
     assert recipe.sft is not None
     folder = Path(run_dir)
     train, _ = load_splits(recipe.data)
     return train_sft(
-        SSEForCausalLM.from_pretrained(folder / base),
+        load_policy(folder / base),
         load_tokenizer(recipe.data),
         train,
         data=recipe.data,
@@ -172,10 +168,10 @@ def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
 def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     """The body of the distillation task, as `run_sft`."""
     from sse_rl.data.tokenizer import load_tokenizer
-    from sse_rl.model import SSEForCausalLM
     from sse_rl.model.convert import as_softmax, load_teacher
     from sse_rl.pipeline.distill import distill as train
     from sse_rl.pipeline.distill_text import held_out_text, training_text
+    from sse_rl.pipeline.evaluate import load_policy
 
     options, origin = recipe.distill, recipe.model.convert
     assert options is not None and origin is not None
@@ -184,7 +180,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     device = "cuda" if recipe.cluster.learner_gpus else "cpu"
     tokenizer = load_tokenizer(recipe.data)
     teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)
-    student = SSEForCausalLM.from_pretrained(folder / base).float().to(device)
+    student = load_policy(folder / base).float().to(device)
     text = training_text(recipe, tokenizer, teacher, folder)
     state = folder / f"{DISTILL}.pt"
     measured = train(

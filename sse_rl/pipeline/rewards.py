@@ -1,29 +1,49 @@
 """From answers to rewards: the recipe's components, weighted, computed in an actor of their own.
 
-The actor holds the killable grader processes of `sse_rewards`. If it dies itself, it is started again
-and asked again: scoring has no state.
+The actor holds the killable grader processes of `sse_rewards`. If it dies itself, it is started
+again and asked again: scoring has no state.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from sse_rl.errors import UserError
+from sse_rl.errors import RunError, UserError
+from sse_rl.pipeline.cluster import failure
 from sse_rl.recipe import Reward, Rewards
 from sse_rl.types import Group
 
 log = logging.getLogger(__name__)
 
-RewardFunction = Callable[..., Sequence[float | None]]
-"""TRL's signature: fn(prompts, completions, completion_ids, **columns) -> one value a completion."""
+RewardFunction = Callable[..., Any]
+"""TRL's signature: fn(prompts, completions, completion_ids, **columns), a value a completion."""
 
+GRADED = ("accuracy", "boxed")
+"""Components that the grader itself gives."""
+ARGLESS = (*GRADED, "think_format")
 MAX_RESTARTS = 3
+
+
+def check_components(components: list[Reward]) -> None:
+    """Raise UserError for a component that cannot be had: unknown, given twice, not importable."""
+    names = [component.name for component in components]
+    for place, component in enumerate(components):
+        if component.name in names[:place]:
+            raise UserError(f"rewards.components.{place}: {component.name!r} is there twice")
+        if component.name not in GRADED:
+            reward_function(component)
+        if component.name in ARGLESS and component.args:
+            raise UserError(
+                f"rewards.components.{place}.args = {component.args}: {component.name} takes none"
+            )
 
 
 @dataclass(slots=True)
@@ -57,7 +77,7 @@ class RewardWorker:
         self._functions = {
             reward.name: reward_function(reward)
             for reward in rewards.components
-            if reward.name not in ("accuracy", "boxed")
+            if reward.name not in GRADED
         }
 
     def score(self, samples: list[Sample]) -> list[Score]:
@@ -72,7 +92,8 @@ class RewardWorker:
             elif component.name == "boxed":
                 columns["boxed"] = [float(result.extracted is not None) for result in graded]
             else:
-                columns[component.name] = call(self._functions[component.name], samples)
+                function = self._functions[component.name]
+                columns[component.name] = call(component.name, function, samples)
         scores = []
         for row, result in enumerate(graded):
             values = {name: column[row] for name, column in columns.items()}
@@ -108,17 +129,23 @@ class Scorer:
         ray.kill(self._actor)
 
     def _ask(self, samples: list[Sample]) -> list[Score]:
+        last: Exception | None = None
         for attempt in range(MAX_RESTARTS + 1):
             try:
                 return ray.get(self._actor.score.remote(samples), timeout=self._timeout_s)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            except ray.exceptions.RayTaskError as error:
+                raise failure(error, "the reward actor") from None
+            except ray.exceptions.RayError as error:
+                if getattr(error, "actor_init_failed", False):  # the next one would fail as well
+                    raise RunError(f"the reward actor could not start: {error}") from None
                 log.warning("the reward actor died or is silent (%s): starting another", error)
+                last = error
                 ray.kill(self._actor)
                 if attempt < MAX_RESTARTS:
                     self._actor = self._spawn()
-        raise RuntimeError(
-            f"the reward actor failed {MAX_RESTARTS + 1} times on a batch of {len(samples)} samples "
-            f"(limit {self._timeout_s:g} s each)"
+        raise RunError(
+            f"the reward actor failed {MAX_RESTARTS + 1} times on a batch of {len(samples)} "
+            f"samples (limit {self._timeout_s:g} s each); the last time: {last}"
         )
 
 
@@ -139,10 +166,14 @@ def reward_function(reward: Reward) -> RewardFunction:
         module, _, name = reward.name.partition(":")
         try:
             function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a module of the user's may raise anything
             raise UserError(
-                f"rewards.components: {reward.name!r} cannot be imported: {error}"
+                f"rewards.components: {reward.name!r} cannot be imported: "
+                f"{type(error).__name__}: {error}"
             ) from None
+        if not callable(function):
+            raise UserError(f"rewards.components: {reward.name!r} is no function")
+        _check_arguments(function, reward)
         return lambda **columns: function(**columns, **reward.args)
     from trl import rewards
 
@@ -160,19 +191,49 @@ def reward_function(reward: Reward) -> RewardFunction:
     try:
         return named[reward.name]()
     except TypeError as error:
-        raise UserError(f"rewards.components: {reward.name}.args {reward.args}: {error}") from None
+        raise UserError(f"rewards.components: {reward.name}: args {reward.args}: {error}") from None
 
 
-def call(function: RewardFunction, samples: list[Sample]) -> list[float | None]:
-    """One reward function over all samples, with the dataset's columns that every row has."""
+def _check_arguments(function: RewardFunction, reward: Reward) -> None:
+    given = dict.fromkeys(("prompts", "completions", "completion_ids", "solution")) | reward.args
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise UserError(
+            f"rewards.components: {reward.name} is called with {', '.join(given)} and the "
+            f"dataset's columns: {error}"
+        ) from None
+
+
+def call(name: str, function: RewardFunction, samples: list[Sample]) -> list[float | None]:
+    """One reward function over all samples, with the dataset's columns that every row has.
+
+    Raises UserError naming the component if it raises, or gives anything but a number or None for
+    each sample.
+    """
     shared = set.intersection(*(set(sample.columns) for sample in samples)) if samples else set()
     reserved = {"prompts", "completions", "completion_ids", "solution"}
     columns = {name: [s.columns[name] for s in samples] for name in sorted(shared - reserved)}
-    values = function(
-        prompts=[sample.prompt for sample in samples],
-        completions=[[{"role": "assistant", "content": sample.completion}] for sample in samples],
-        completion_ids=[sample.token_ids for sample in samples],
-        solution=[sample.answer for sample in samples],
-        **columns,
-    )
-    return [None if value is None else float(value) for value in values]
+    try:
+        values = function(
+            prompts=[sample.prompt for sample in samples],
+            completions=[[{"role": "assistant", "content": s.completion}] for s in samples],
+            completion_ids=[sample.token_ids for sample in samples],
+            solution=[sample.answer for sample in samples],
+            **columns,
+        )
+        numbers = [None if value is None else float(value) for value in values]
+    except Exception as error:  # a function of the user's may raise anything
+        raise UserError(
+            f"rewards.components: {name} raised {type(error).__name__}: {error}"
+        ) from error
+    if len(numbers) != len(samples):
+        raise UserError(
+            f"rewards.components: {name} gave {len(numbers)} values for {len(samples)} completions"
+        )
+    for number, sample in zip(numbers, samples, strict=True):
+        if number is not None and not math.isfinite(number):
+            raise UserError(
+                f"rewards.components: {name} gave {number} for {sample.completion!r:.200}"
+            )
+    return numbers

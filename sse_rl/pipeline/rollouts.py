@@ -1,7 +1,7 @@
-"""A set of rollout workers that is fed requests and gives back completions, whatever dies on the way.
+"""A set of rollout workers: requests go in and completions come out, whatever dies on the way.
 
-What a request yields depends on its seed and the weights alone, so a worker that is lost is replaced
-and its unfinished requests are simply asked again, of anyone, with the same result.
+What a request yields depends on its seed and the weights alone, so a worker that is lost is
+replaced and its unfinished requests are simply asked again, of anyone, with the same result.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 
 import ray
 
+from sse_rl.errors import RunError
+from sse_rl.pipeline.cluster import failure
 from sse_rl.pipeline.weights import WeightsIndex
 from sse_rl.types import Completion, Request
 
 log = logging.getLogger(__name__)
 
-ADVANCE_BUDGET_S = 5.0
+ADVANCE_BUDGET_S = 1.0
+"""How long a worker decodes before it looks for new requests or weights."""
 
 
 @dataclass(slots=True)
@@ -43,7 +46,8 @@ class RolloutPool:
     """Spreads requests over workers, keeps all of them busy, replaces the dead.
 
     spawn: makes one worker actor. capacity: sequences a worker decodes together. A worker that
-    answers nothing for `timeout_s` counts as dead; after `max_restarts` deaths the run fails.
+    answers nothing for `timeout_s` counts as dead; more than `max_restarts` deaths, or an error
+    that a worker raises, is a RunError.
     """
 
     def __init__(
@@ -82,16 +86,16 @@ class RolloutPool:
         return unfinished + len(self._finished.get(channel, []))
 
     def set_weights(self, index: WeightsIndex, buffer: Any) -> None:
-        """Load a version (`buffer` is an object reference) into every worker before their next step."""
+        """Load a version into every worker before its next step; `buffer` is a reference."""
         self._weights = (index, buffer)
         calls = [
             (worker, worker.actor.set_weights.remote(index, buffer)) for worker in self._workers
         ]
         for worker, call in calls:
             try:
-                ray.get(call, timeout=self._timeout_s)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                self._replace(worker, error)
+                self._settle(call)
+            except _Lost as lost:
+                self._replace(worker, lost)
 
     def submit(self, request: Request) -> None:
         """Queue a request; what stands before the first `/` of its id names its channel."""
@@ -134,14 +138,14 @@ class RolloutPool:
             worker = calls[call]
             worker.call = None
             try:
-                completions = ray.get(call)
-            except ray.exceptions.RayActorError as error:
-                self._replace(worker, error)
+                completions = self._settle(call)
+            except _Lost as lost:
+                self._replace(worker, lost)
             else:
                 finished += self._collect(worker, completions)
         for worker in self._workers:
             if worker.call is not None and time.monotonic() - worker.called_at > self._timeout_s:
-                self._replace(worker, TimeoutError(f"no answer for {self._timeout_s:g} s"))
+                self._replace(worker, _Lost(f"no answer for {self._timeout_s:g} s"))
         self._dispatch()
         return finished
 
@@ -178,22 +182,45 @@ class RolloutPool:
                 finished.append([done[index] for index in sorted(done)])
         return finished
 
-    def _replace(self, worker: _Worker, reason: Exception) -> None:
-        self.restarts += 1
-        if self.restarts > self._max_restarts:
-            raise RuntimeError(
-                f"rollout workers died {self.restarts} times, more than rollout.max_restarts = "
-                f"{self._max_restarts}; the last one: {reason}"
-            )
-        log.warning("a rollout worker died and is replaced (%s)", reason)
-        ray.kill(worker.actor)
+    def _settle(self, call: Any) -> Any:
+        """The result of a call; _Lost if the worker is gone, RunError if it raised."""
+        try:
+            return ray.get(call, timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise _Lost(f"no answer for {self._timeout_s:g} s") from None
+        except ray.exceptions.RayTaskError as error:
+            raise failure(error, "a rollout worker") from None
+        except ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):  # the next one would fail as well
+                raise RunError(f"a rollout worker could not start: {error}") from None
+            raise _Lost(str(error)) from None
+
+    def _replace(self, worker: _Worker, reason: _Lost) -> None:
         for name in worker.outstanding:
             self._partial.pop(name, None)
         self._queue.extendleft(reversed(worker.outstanding.values()))
-        worker.actor, worker.call = self._spawn(), None
-        worker.outbox, worker.outstanding = [], {}
-        if self._weights is not None:
-            ray.get(worker.actor.set_weights.remote(*self._weights), timeout=self._timeout_s)
+        worker.call, worker.outbox, worker.outstanding = None, [], {}
+        while True:
+            self.restarts += 1
+            if self.restarts > self._max_restarts:
+                raise RunError(
+                    f"rollout workers died {self.restarts} times, more than rollout.max_restarts = "
+                    f"{self._max_restarts}; the last one: {reason}"
+                )
+            log.warning("a rollout worker died and is replaced (%s)", reason)
+            ray.kill(worker.actor)
+            worker.actor = self._spawn()
+            if self._weights is None:
+                return
+            try:
+                self._settle(worker.actor.set_weights.remote(*self._weights))
+                return
+            except _Lost as lost:
+                reason = lost
+
+
+class _Lost(Exception):
+    """A worker that is dead or silent; the message says how it went."""
 
 
 def _channel(request_id: str) -> str:

@@ -1,4 +1,4 @@
-"""Where the learner's batches come from: prompts go out to rollout workers, scored groups come back.
+"""Where the learner's batches come from: prompts go out to rollout workers, scored groups return.
 
 In flight and ready together there are never more than (1 + max_staleness) batches. With
 max_staleness 0 nothing is asked for before the weights it will be answered with are in place.
@@ -59,7 +59,10 @@ class GroupSource:
     _stats: TakeStats = field(default_factory=TakeStats)
 
     def take(self, version: int) -> tuple[list[Group], TakeStats]:
-        """The next `prompts_per_step` groups, none of them more than `max_staleness` versions old."""
+        """The next `prompts_per_step` groups, none of them more than `max_staleness` versions old.
+
+        With dynamic_sampling, groups without signal are replaced for a bounded number of rounds.
+        """
         wanted = self.grpo.prompts_per_step
         while True:
             self._drop_stale(version)
@@ -70,7 +73,7 @@ class GroupSource:
                 self._stats.kept_no_signal = len(fill)
                 self.ready.update((name, self.spare[name]) for name in fill)
                 break
-            self._dispatch(limit=self._rounds_left())
+            self._dispatch(limit=self._allowance())
             self.interrupted()
             self._receive(POLL_S)
         groups = [self.ready.pop(name) for name in sorted(self.ready)[:wanted]]
@@ -101,15 +104,18 @@ class GroupSource:
     def _capacity(self) -> int:
         return self.grpo.prompts_per_step * (1 + self.grpo.max_staleness)
 
-    def _rounds_left(self) -> int | None:
+    def _allowance(self) -> int | None:
+        """Prompts that may still be asked for this batch: what the rounds of refilling leave, or
+        what is missing to a whole batch if even groups without signal are counted."""
         if not self.grpo.dynamic_sampling:
             return None
-        rounds = self.grpo.dynamic_sampling_max_rounds
-        return rounds * self.grpo.prompts_per_step - self._stats.prompts
+        wanted = self.grpo.prompts_per_step
+        missing = wanted - len(self.ready) - len(self.spare) - len(self.pending)
+        return max(self.grpo.dynamic_sampling_max_rounds * wanted - self._stats.prompts, missing)
 
     def _exhausted(self) -> bool:
-        left = self._rounds_left()
-        return left is not None and left <= 0 and not self.pending and bool(self.spare)
+        allowance = self._allowance()
+        return allowance is not None and allowance <= 0 and not self.pending
 
     def _dispatch(self, *, limit: int | None) -> None:
         room = self._capacity() - len(self.pending) - len(self.ready)
@@ -163,11 +169,12 @@ class GroupSource:
         )
 
     def _drop_stale(self, version: int) -> None:
-        for name in [
-            n for n, g in self.ready.items() if staleness(g, version) > self.grpo.max_staleness
-        ]:
-            del self.ready[name]
-            self._stats.dropped_stale += 1
+        limit = self.grpo.max_staleness
+        for groups in (self.ready, self.spare):
+            stale = [name for name, group in groups.items() if staleness(group, version) > limit]
+            for name in stale:
+                del groups[name]
+            self._stats.dropped_stale += len(stale)
 
 
 def group_seed(seed: int, group_id: int) -> int:

@@ -1,8 +1,8 @@
 """Weights on their way from learner to rollout: one flat buffer a version, never torn.
 
 `pack` copies every tensor into one contiguous byte array, so what is published is a snapshot that a
-later optimiser step cannot touch. The array travels through Ray's object store, is read there without
-a copy, and is refused if its checksum is not the one that the index carries.
+later optimiser step cannot touch. The array travels through Ray's object store, is read there
+without a copy, and is refused if its checksum is not the one that the index carries.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def pack(tensors: dict[str, torch.Tensor], *, version: int) -> tuple[WeightsInde
         if tensor.numel():
             source = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
             buffer[entry.offset : entry.offset + source.numel()] = source.numpy()
-    return WeightsIndex(version, tuple(entries), offset, zlib.crc32(buffer)), buffer
+    return WeightsIndex(version, tuple(entries), offset, zlib.crc32(memoryview(buffer))), buffer
 
 
 def unpack(index: WeightsIndex, buffer: np.ndarray) -> dict[str, torch.Tensor]:
@@ -56,10 +56,10 @@ def unpack(index: WeightsIndex, buffer: np.ndarray) -> dict[str, torch.Tensor]:
 
     Raises ValueError if the buffer is not, byte for byte, the one that was packed.
     """
-    if buffer.nbytes != index.nbytes or zlib.crc32(buffer) != index.checksum:
+    if buffer.nbytes != index.nbytes or zlib.crc32(memoryview(buffer)) != index.checksum:
         raise ValueError(
             f"weights version {index.version} arrived damaged: expected {index.nbytes} bytes with "
-            f"checksum {index.checksum:08x}, got {buffer.nbytes} with {zlib.crc32(buffer):08x}"
+            f"checksum {index.checksum:08x}, got {buffer.nbytes} with another"
         )
     tensors = {}
     for entry in index.entries:

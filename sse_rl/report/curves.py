@@ -32,7 +32,7 @@ def draw(curves: Sequence[Curve]) -> str:
         y = at_y(value)
         parts.append(
             f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-            f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{_short(value)}</text>'
         )
     for x, anchor in ((low_x, "start"), (high_x, "end")):
         parts.append(f'<text x="{at_x(x):.1f}" y="140" text-anchor="{anchor}">{x:g}</text>')
@@ -73,6 +73,11 @@ def _line(points, at_x, at_y, colour: str, opacity: float) -> str:
         f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" '
         f'opacity="{opacity}"/>' + (dots if len(points) <= 12 else "")
     )
+
+
+def _short(value: float) -> str:
+    text = f"{value:.3g}"
+    return text if len(text) <= 6 else f"{value:.0e}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""One self-contained page about a run: what it gained, how it learned, what it said before and after."""
+"""One self-contained page about a run: what it gained, how it learned, what it said."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ border-radius:8px;padding:12px 14px;margin:0}.card b{display:block;font-size:22p
 figcaption{font-weight:600;margin-bottom:4px}table{border-collapse:collapse;width:100%}
 td,th{text-align:left;padding:5px 8px;border-bottom:1px solid var(--line)}
 .wide{overflow-x:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);
-padding:10px 12px;border-radius:8px;margin:6px 0;font-size:13px}svg{width:100%;height:auto;display:block}
+padding:10px 12px;border-radius:8px;margin:6px 0;font-size:13px}
+svg{width:100%;height:auto;display:block}small{color:var(--dim);white-space:nowrap}
+dl{display:grid;grid-template-columns:auto 1fr;gap:2px 14px;margin:0}dt{color:var(--dim)}
+dd{margin:0;text-align:right;overflow-wrap:anywhere}h2+table td{white-space:nowrap}
 """
 
 
@@ -65,7 +68,7 @@ def page(
         f'<link rel=icon href="data:,"><style>{STYLE}</style><h1>{name}</h1>'
         f"{_headline(summary, rows)}{_evaluations(summary.get('eval', {}))}"
         f"<h2>How it learned</h2><div class=curves>{_curves(rows, summary)}</div>"
-        f"{_samples(samples)}<h2>Recipe</h2><pre>{escape(recipe)}</pre></html>"
+        f"{_facts(summary)}{_samples(samples)}<h2>Recipe</h2><pre>{escape(recipe)}</pre></html>"
     )
 
 
@@ -85,7 +88,9 @@ def _headline(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     drawn = "".join(
         f"<div class=card>{label}<b>{escape(value)}</b></div>" for label, value in cards
     )
-    return f"<p>{status}</p><div class=cards>{drawn}</div>"
+    error = summary.get("error")
+    shown = f"<pre>{escape(error)}</pre>" if error else ""
+    return f"<p>{status}</p>{shown}<div class=cards>{drawn}</div>"
 
 
 def _evaluations(evaluations: dict[str, dict[str, Any]]) -> str:
@@ -98,16 +103,48 @@ def _evaluations(evaluations: dict[str, dict[str, Any]]) -> str:
         "tuned_greedy": "greedy after",
         "base_boxed": "boxed before",
         "tuned_boxed": "boxed after",
+        "base_truncated": "truncated before",
+        "tuned_truncated": "truncated after",
     }
     head = "".join(
         f"<th>{title}" for title in ["benchmark", "problems × samples", *columns.values()]
     )
     body = "".join(
         f"<tr><td>{escape(name)}<td>{entry.get('problems', '')} × {entry.get('samples', '')}"
-        + "".join(f"<td>{_percent(entry.get(column))}" for column in columns)
+        + "".join(
+            f"<td>{_percent(entry.get(column))}{_interval(entry.get(f'{column}_interval'))}"
+            for column in columns
+        )
         for name, entry in evaluations.items()
     )
     return f"<h2>Evaluations</h2><div class=wide><table><tr>{head}{body}</table></div>"
+
+
+def _facts(summary: dict[str, Any]) -> str:
+    """Settings and what training measured, as two lists of names and values."""
+    parts = []
+    for title, tree in (
+        ("Settings", summary.get("settings")),
+        ("Over the run", _training(summary)),
+    ):
+        lines = "".join(f"<dt>{escape(k)}<dd>{escape(v)}" for k, v in _flat(tree or {}))
+        if lines:
+            parts.append(f"<div><h2>{title}</h2><dl>{lines}</dl></div>")
+    return f"<div class=curves>{''.join(parts)}</div>"
+
+
+def _training(summary: dict[str, Any]) -> dict[str, Any]:
+    return summary.get("training", {}) | summary.get("throughput", {})
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found.append((prefix + key, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return found
 
 
 def _curves(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
@@ -145,6 +182,12 @@ def _samples(samples: list[dict[str, Any]]) -> str:
         for row in chosen
     ]
     return f"<h2>Rollouts, first and last</h2>{''.join(parts)}"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    if not bounds:
+        return ""
+    return f"<br><small>{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}</small>"
 
 
 def _percent(value: float | None) -> str:

@@ -62,7 +62,13 @@ def test_a_run_writes_what_it_promises(whole):
     assert summary["eval"]["heldout"].keys() >= {"base", "tuned", "gain"}
     assert [row["step"] for row in metrics(whole)] == list(range(1, 9))
     assert metrics(whole)[-1]["rewards/sse_test_rewards:closeness"] > 0
-    for path in ("recipe.yaml", "samples.jsonl", "tensorboard", "report.html", "checkpoints/step-8"):
+    for path in (
+        "recipe.yaml",
+        "samples.jsonl",
+        "tensorboard",
+        "report.html",
+        "checkpoints/step-8",
+    ):
         assert (run / path).exists(), path
     assert (run / "eval" / "heldout-0" / "results.jsonl").exists()
 

@@ -161,5 +161,27 @@ def test_a_group_has_the_same_seed_in_every_run_and_its_own():
     first, again = ReversedPool(), ReversedPool()
     a = make(first).take(0)[0]
     b = make(again).take(0)[0]
-    assert [g.trajectories[0].token_ids[0] for g in a] == [g.trajectories[0].token_ids[0] for g in b]
+    assert [g.trajectories[0].token_ids[0] for g in a] == [
+        g.trajectories[0].token_ids[0] for g in b
+    ]
     assert len({int(g.trajectories[0].token_ids[0]) for g in a}) > 1
+
+
+def test_refilling_goes_on_when_what_the_rounds_brought_is_too_old():
+    pool = ReversedPool()
+    source = make(pool, max_staleness=1, dynamic_sampling=True, dynamic_sampling_max_rounds=1)
+    source.take(0)
+    source.pump()
+    pool.version = 2
+    groups, stats = source.take(2)
+    assert len(groups) == 3 and stats.dropped_stale == 6
+
+
+def test_groups_without_signal_are_no_resort_once_they_are_too_old():
+    pool = ReversedPool()
+    source = make(pool, signal=lambda name: False, max_staleness=1, dynamic_sampling=True)
+    source.take(0)
+    source.pump()
+    pool.version = 2
+    groups, _ = source.take(2)
+    assert all(trajectory.versions.min() == 2 for g in groups for trajectory in g.trajectories)

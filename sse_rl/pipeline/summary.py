@@ -1,0 +1,116 @@
+"""summary.json: what a run was, what it gained, and the figures that one needs to quote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sse_rl.pipeline.folder import EVAL, EXPORT, SUMMARY, read_summary, write_whole
+from sse_rl.recipe import Recipe
+from sse_rl.report.html import write_report
+from sse_rl.report.sinks import METRICS, read_rows
+
+WHEN = {"avg": "", "ci_sampling": "_interval", "boxed": "_boxed", "truncated": "_truncated"}
+"""What is told of an evaluation, and the ending of its name in the summary."""
+
+
+def summarize(
+    recipe: Recipe,
+    run_dir: Path,
+    status: str,
+    *,
+    seconds: float,
+    error: BaseException | None = None,
+) -> dict[str, Any]:
+    """Write summary.json and report.html and return the summary. `seconds` are added to those of
+    former attempts."""
+    rows = read_rows(run_dir / METRICS)
+    export = run_dir / EXPORT
+    summary = {
+        "name": recipe.name,
+        "status": status,
+        "error": None if error is None else f"{type(error).__name__}: {error}",
+        "steps": rows[-1]["step"] if rows else 0,
+        "wall_s": round(read_summary(run_dir).get("wall_s", 0.0) + seconds, 1),
+        "settings": settings(recipe),
+        "eval": evaluations(run_dir, recipe),
+        "training": training(rows),
+        "throughput": throughput(rows),
+        "export": str(export) if export.exists() else None,
+    }
+    write_whole(run_dir / SUMMARY, json.dumps(summary, indent=1))
+    write_report(run_dir)
+    return summary
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The seeds and the settings that a quoted figure depends on first."""
+    told: dict[str, Any] = {
+        "seed": recipe.seed,
+        "data_seed": recipe.data.train.seed if recipe.data.train.task else None,
+        "eval": {"temperature": recipe.eval.temperature, "top_p": recipe.eval.top_p},
+    }
+    if recipe.sft is not None:
+        told["sft"] = {
+            key: getattr(recipe.sft, key) for key in ("max_steps", "learning_rate", "max_length")
+        }
+    if recipe.grpo is not None:
+        keys = ("max_steps", "prompts_per_step", "num_generations", "max_completion_length")
+        keys += ("learning_rate", "loss_type", "scale_rewards", "beta", "temperature")
+        keys += ("max_staleness", "dynamic_sampling", "routing_replay", "shuffle_rewards")
+        told["grpo"] = {key: getattr(recipe.grpo, key) for key in keys}
+    return told
+
+
+def evaluations(run_dir: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """benchmark -> {base, tuned, gain, base_greedy, tuned_greedy, ...} of what was evaluated before
+    the first step and after the last."""
+    last = recipe.grpo.max_steps if recipe.grpo else 0
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((run_dir / EVAL).glob("*/summary.json")):
+        name, _, step = path.parent.name.rpartition("-")
+        when = {"0": "base", str(last): "tuned"}.get(step)
+        if when is None:
+            continue
+        summary = json.loads(path.read_text())
+        benchmark, greedy = name.removesuffix("_greedy"), name.endswith("_greedy")
+        entry = found.setdefault(benchmark, {})
+        if greedy:
+            entry[f"{when}_greedy"] = summary["avg"]
+        else:
+            entry |= {when + ending: summary[key] for key, ending in WHEN.items()}
+            entry |= {key: summary[key] for key in ("problems", "samples")}
+    for entry in found.values():
+        if None not in (entry.get("base"), entry.get("tuned")):
+            entry["gain"] = entry["tuned"] - entry["base"]
+    return found
+
+
+def training(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How well rollout and learner agreed over the whole run, and where it began and ended."""
+    flips = _values(rows, "flip_rate")
+    told: dict[str, Any] = {
+        "logprob_diff_max": max(_values(rows, "rollout_logprob_diff_max"), default=None),
+        "flip_rate_mean": sum(flips) / len(flips) if flips else None,
+        "flip_rate_max": max(flips, default=None),
+    }
+    for key in ("reward", "entropy", "completion_length/mean"):
+        values = _values(rows, key)
+        told[f"{key}_first"] = values[0] if values else None
+        told[f"{key}_last"] = values[-1] if values else None
+    for key in ("nonfinite", "sampling/dropped_stale", "sampling/dropped_no_signal"):
+        told[key] = sum(_values(rows, key))
+    told["worker_restarts"] = max(_values(rows, "perf/worker_restarts"), default=0)
+    return told
+
+
+def throughput(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps: seconds in rollout and learner, tokens learned from a second."""
+    keys = ("perf/rollout_s", "perf/learn_s", "perf/tokens_per_s")
+    named = {key.removeprefix("perf/"): _values(rows, key) for key in keys}
+    return {name: sum(values) / len(values) for name, values in named.items() if values}
+
+
+def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
