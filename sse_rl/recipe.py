@@ -305,10 +305,10 @@ class Rollout(Section):
     """torch threads of each worker; None leaves Ray's choice."""
     max_num_seqs: Positive = 256
     """State slots: sequences decoded together."""
-    max_num_batched_tokens: Positive = 8192
+    max_num_batched_tokens: Annotated[int, Field(ge=64)] = 8192
     """Prompt tokens prefilled in one step."""
-    page_size: Positive = 64
-    num_pages: Positive | None = None
+    page_size: Annotated[int, Field(ge=16, multiple_of=16)] = 64
+    num_pages: Annotated[int, Field(ge=2)] | None = None
     """KV pages; None takes what max_num_seqs sequences of full length need."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     timeout_s: PositiveFloat = 600.0

@@ -139,6 +139,12 @@ class Job:
                 f"take {longest} tokens, more than the model's context of {context}: lower "
                 "eval.max_tokens or grpo.max_completion_length"
             )
+        pages = -(-longest // recipe.rollout.page_size)
+        if recipe.rollout.num_pages is not None and recipe.rollout.num_pages <= pages:
+            raise UserError(
+                f"rollout.num_pages = {recipe.rollout.num_pages}: a prompt and its answer may "
+                f"take {longest} tokens, so at least {pages + 1} pages are needed"
+            )
         return cls(
             recipe,
             run_dir,
