@@ -53,7 +53,7 @@ def quickstart() -> str:
 def grpo_gpu() -> str:
     (path,) = (ROOT / "benchmarks" / "results").glob("grpo-gpu-*.json")
     result = json.loads(path.read_text())
-    head = "| case | log-prob gap, mean | max | KL | flip rate | rollout tokens/s | learner tokens/s |\n"
+    head = "| case | log-prob gap, mean | max | KL | flip rate | rollout tok/s | learner tok/s |\n"
     lines = [
         f"| {row['case']} | {row['rollout_logprob_diff_mean']:.4f} | "
         f"{row['rollout_logprob_diff_max']:.3f} | {row['rollout_kl']:.1e} | "
@@ -63,7 +63,8 @@ def grpo_gpu() -> str:
     ]
     shape = result["shape"]
     note = (
-        f"\n{result['device']}, {shape['dtype']}, width {shape['width']}, {shape['layers']} layers, "
+        f"\n{result['device']}, {shape['dtype']}, width {shape['width']}, "
+        f"{shape['layers']} layers, "
         f"{shape['prompts']} x {shape['answers']} answers of {shape['tokens']} tokens, the third "
         f"step; torch {result['torch']}, triton {result['triton']}, {result['date']}, commit "
         f"{result['commit']}, `{result['command']}`. The first case includes first compilations.\n"
