@@ -130,7 +130,7 @@ class Checkpoint:
             pool.set_weights(index, ray.put(buffer))
             yield Opened(
                 PoolGenerator(pool, self.prompter, self.context),
-                {"path": Path(self.model).name, "weights_crc32": f"{index.checksum:08x}"},
+                {"name": self.name, "weights_crc32": f"{index.checksum:08x}"},
                 round(rollout.num_workers * rollout.num_gpus_per_worker),
             )
         finally:
