@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--command", required=True, help="what the runs were started with")
+    parser.add_argument("--commit", help="of the runs; this tree's if not given")
     parser.add_argument("--device", default=f"cpu-{os.cpu_count()}-cores")
     options = parser.parse_args()
     result = {
@@ -31,7 +32,7 @@ def main() -> None:
         "device": f"{options.device} ({platform.machine()})",
         "torch": torch.__version__,
         "triton": None,
-        "commit": _commit(),
+        "commit": options.commit or _commit(),
         "date": date.today().isoformat(),
         "command": options.command,
         "rows": [row(run) for run in options.runs],
