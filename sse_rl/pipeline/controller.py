@@ -85,7 +85,7 @@ class Controller:
             return
         with atomic_folder(target) as folder:
             saved = self.learner.save.remote(str(folder))
-            cluster.get(saved, "the learner, saving", timeout_s=self._timeout_s)
+            cluster.get(saved, "the learner (saving)", timeout_s=self._timeout_s)
             self.tokenizer.save_pretrained(folder / "model")
             torch.save(cursor, folder / CURSOR_FILE)
         prune(self.run_dir, keep=self.recipe.checkpoint.keep)
@@ -94,7 +94,7 @@ class Controller:
         """Go on from checkpoints/step-<step>, which is whole."""
         folder = step_folder(self.run_dir, step)
         loaded = self.learner.load.remote(str(folder))
-        cluster.get(loaded, f"the learner, loading {folder}", timeout_s=self._timeout_s)
+        cluster.get(loaded, f"the learner (loading {folder})", timeout_s=self._timeout_s)
         self.source.load_state_dict(torch.load(folder / CURSOR_FILE, weights_only=False))
 
     @property
@@ -109,16 +109,16 @@ class Controller:
             self.source.pump()
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"the learner, in a step: no answer within cluster.learner_timeout_s = "
+                    f"the learner (in a step): no answer within cluster.learner_timeout_s = "
                     f"{self._timeout_s:g} s"
                 )
-        return cluster.get(call, "the learner, in a step")
+        return cluster.get(call, "the learner (in a step)")
 
 
 def publish(learner: Any, pool: RolloutPool, *, version: int, timeout_s: float) -> None:
     """Hand the learner's weights to every rollout worker under a version number."""
     index_ref, buffer_ref = learner.weights.options(num_returns=2).remote(version)
-    index = cluster.get(index_ref, "the learner, giving its weights", timeout_s=timeout_s)
+    index = cluster.get(index_ref, "the learner (giving its weights)", timeout_s=timeout_s)
     pool.set_weights(index, buffer_ref)
 
 

@@ -139,3 +139,24 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "trainer.pt" in output and "Traceback" not in output
+
+
+def test_a_learner_that_dies_ends_the_run_with_one_message(tmp_path):
+    process = start(tmp_path, "--set", "grpo.max_steps=100")
+    wait_for(lambda: steps_done(tmp_path) >= 1, process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "LearnerWorker" in " ".join(child.cmdline()):
+            child.kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the learner (in a step) died" in output and "Traceback" not in output
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "the learner" in summary["error"]
+
+
+def test_a_reward_that_raises_ends_the_run_with_its_name(tmp_path):
+    process = start(tmp_path, "--set", "rewards.components.0.name=sse_test_rewards:explodes")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "sse_test_rewards:explodes raised ZeroDivisionError" in output
+    assert "Traceback" not in output
