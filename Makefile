@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-all check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/sse-rl run recipes/quickstart.yaml --address local
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu and not long" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(call, recipe: Path, tmp_
     assert not runs.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_run_then_report_export_eval_and_compare(call, recipe: Path, tmp_path: Path):
     runs, run = tmp_path / "runs", tmp_path / "runs" / "tiny"

@@ -100,6 +100,7 @@ def test_killed_three_times_with_9_it_resumes_to_the_same_bytes(model, benchmark
     assert (tmp_path / "sums" / "results.jsonl").read_bytes() == whole
 
 
+@pytest.mark.long
 def test_a_killed_worker_of_two_is_replaced_and_changes_nothing(model, benchmark, whole, tmp_path):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("needs two cores")

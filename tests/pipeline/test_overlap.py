@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 BESIDE = ("eval.num_workers=1", "rollout.num_cpus_per_worker=0.5")
 STEPS = (0, 2, 4, 6, 8)
 

@@ -96,6 +96,7 @@ def test_a_killed_driver_resumes_to_the_same_digits(whole, tmp_path):
     assert (tmp_path / "tiny" / "samples.jsonl").read_text() == same
 
 
+@pytest.mark.long
 def test_a_stopped_run_saves_and_resumes_to_the_same_digits(whole, tmp_path):
     process = start(tmp_path)
     wait_for(lambda: steps_done(tmp_path) >= 1, process)
@@ -127,6 +128,7 @@ def test_another_recipe_does_not_touch_the_folder(whole):
     assert "grpo.learning_rate" in output and "Traceback" not in output
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
     import shutil
 
