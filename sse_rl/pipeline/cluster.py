@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 
 from sse_rl.errors import RunError, UserError

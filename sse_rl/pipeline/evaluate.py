@@ -149,7 +149,7 @@ def model_folder(path: str) -> Path:
 def load_policy(folder: Path, dtype: torch.dtype | None = None) -> SSEForCausalLM:
     """The model in `folder`. Raises UserError if its files are damaged or of another model."""
     try:
-        options = {} if dtype is None else {"dtype": dtype}
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         model, info = SSEForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from sse_rl.errors import RunError, UserError
 from sse_rl.pipeline.cluster import failure

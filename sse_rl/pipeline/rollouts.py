@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from sse_rl.errors import RunError
 from sse_rl.pipeline.cluster import failure
