@@ -215,7 +215,7 @@ class Evaluation:
             return {bench.name: self._run(bench, model, progress) for bench in self.benchmarks}
 
     def _plan(self, bench: Benchmark) -> Plan:
-        requests = requests_of(bench, **self._sampling(bench) | {"samples": 1})
+        requests = requests_of(bench, **self._sampling(bench) | {"samples": 1})  # pyright: ignore[reportArgumentType]
         prompts = [self.target.render(request.messages) for request in requests]
         counted = [n for n in map(self.target.tokens, prompts) if n is not None]
         return Plan(
@@ -305,7 +305,7 @@ def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
     """
     old, new = evaluations_in(before), evaluations_in(after)
     if len(old) == len(new) == 1:
-        return [(*old.values(), *new.values())]
+        return [(*old.values(), *new.values())]  # pyright: ignore[reportReturnType]
     common = [name for name in old if name in new]
     if not common:
         raise UserError(

@@ -93,7 +93,7 @@ def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Data) 
             ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         else:
             chat = tokenizer.apply_chat_template(text, tokenize=False)
-            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType]
         documents.append(np.array(ids, dtype=np.int64))
     return documents
 

@@ -239,7 +239,7 @@ def _start(mixer: SSEMixer) -> None:
     """What attention has no counterpart of, so that it changes little: see the module's text."""
     config = mixer.config
     for low_rank in (mixer.lora_q_proj, mixer.lora_k_proj):
-        low_rank[1].weight.zero_()
+        low_rank[1].weight.zero_()  # pyright: ignore[reportCallIssue]
     for conv in (mixer.q_conv1d_shared, mixer.k_conv1d_shared) if config.use_short_conv else ():
         conv.weight.zero_()
         conv.weight[..., -1] = 1
@@ -248,8 +248,8 @@ def _start(mixer: SSEMixer) -> None:
         # logsigmoid(b) / 16 = -ln 2 / half-life
         rate = _DECAY_TEMPERATURE * _rates(config.head_dim)
         for low_rank in mixer.gk_proj:
-            low_rank[1].weight.zero_()
-            low_rank[1].bias.copy_(-rate.expm1().log().repeat(config.num_heads))
+            low_rank[1].weight.zero_()  # pyright: ignore[reportIndexIssue]
+            low_rank[1].bias.copy_(-rate.expm1().log().repeat(config.num_heads))  # pyright: ignore[reportIndexIssue]
     else:
         # exp(0) * softplus(b) = ln 2 / half-life
         mixer.a_proj.weight.zero_()

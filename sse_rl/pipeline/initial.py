@@ -40,9 +40,8 @@ def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
         model = load_policy(model_folder(recipe.model.path))
     else:
         torch.manual_seed(recipe.seed if recipe.model.seed is None else recipe.model.seed)
-        model = SSEForCausalLM(
-            SSEConfig(**special_ids(tokenizer) | model_keys(recipe, len(tokenizer)))
-        )
+        keys: dict[str, Any] = special_ids(tokenizer) | model_keys(recipe, len(tokenizer))
+        model = SSEForCausalLM(SSEConfig(**keys))
     if recipe.model.convert is None:  # what is trained on first stays in float32
         model = model.to(getattr(torch, recipe.model.dtype))
     with atomic_folder(target) as folder:
@@ -179,8 +178,8 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     progress = _start(recipe, folder / f"{DISTILL}.jsonl")
     device = "cuda" if recipe.cluster.learner_gpus else "cpu"
     tokenizer = load_tokenizer(recipe.data)
-    teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)
-    student = load_policy(folder / base).float().to(device)
+    teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)  # pyright: ignore[reportArgumentType]
+    student = load_policy(folder / base).float().to(device)  # pyright: ignore[reportArgumentType]
     text = training_text(recipe, tokenizer, teacher, folder)
     state = folder / f"{DISTILL}.pt"
     measured = train(

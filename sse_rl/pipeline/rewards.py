@@ -179,9 +179,9 @@ def reward_function(reward: Reward) -> RewardFunction:
     from trl import rewards
 
     named: dict[str, Callable[[], RewardFunction]] = {
-        "think_format": lambda: rewards.think_format_reward,
-        "soft_overlong": lambda: rewards.get_soft_overlong_punishment(**reward.args),
-        "repetition": lambda: rewards.get_repetition_penalty_reward(**reward.args),
+        "think_format": lambda: rewards.think_format_reward,  # pyright: ignore[reportPrivateImportUsage]
+        "soft_overlong": lambda: rewards.get_soft_overlong_punishment(**reward.args),  # pyright: ignore[reportPrivateImportUsage]
+        "repetition": lambda: rewards.get_repetition_penalty_reward(**reward.args),  # pyright: ignore[reportPrivateImportUsage]
     }
     if reward.name not in named:
         known = ", ".join(["accuracy", "boxed", *named])

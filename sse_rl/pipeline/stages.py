@@ -331,7 +331,7 @@ class Job:
                 seed=self.recipe.seed,
             )
         )
-        self.actors.callback(ray.kill, learner)
+        self.actors.callback(ray.kill, learner)  # pyright: ignore[reportArgumentType]
         return learner
 
     def _spawn_pool(self, base: Path, num_workers: int) -> RolloutPool:

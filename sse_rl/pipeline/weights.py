@@ -48,7 +48,7 @@ def pack(tensors: dict[str, torch.Tensor], *, version: int) -> tuple[WeightsInde
         if tensor.numel():
             source = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
             buffer[entry.offset : entry.offset + source.numel()] = source.numpy()
-    return WeightsIndex(version, tuple(entries), offset, zlib.crc32(memoryview(buffer))), buffer
+    return WeightsIndex(version, tuple(entries), offset, zlib.crc32(memoryview(buffer))), buffer  # pyright: ignore[reportArgumentType]
 
 
 def unpack(index: WeightsIndex, buffer: np.ndarray) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def unpack(index: WeightsIndex, buffer: np.ndarray) -> dict[str, torch.Tensor]:
 
     Raises ValueError if the buffer is not, byte for byte, the one that was packed.
     """
-    if buffer.nbytes != index.nbytes or zlib.crc32(memoryview(buffer)) != index.checksum:
+    if buffer.nbytes != index.nbytes or zlib.crc32(memoryview(buffer)) != index.checksum:  # pyright: ignore[reportArgumentType]
         raise ValueError(
             f"weights version {index.version} arrived damaged: expected {index.nbytes} bytes with "
             f"checksum {index.checksum:08x}, got {buffer.nbytes} with another"
