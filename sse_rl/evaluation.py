@@ -85,7 +85,9 @@ class Checkpoint:
 
     @cached_property
     def name(self) -> str:
-        return Path(self.model).resolve().name
+        """The folder's, after its run's where it is called export or model."""
+        path = Path(self.model).resolve()
+        return f"{path.parent.name}-{path.name}" if path.name in ("export", "model") else path.name
 
     @cached_property
     def folder(self) -> Path:
