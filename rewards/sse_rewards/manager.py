@@ -23,6 +23,8 @@ SLOW = 0.25
 """Seconds after which a check counts as slow: it gives its place to another."""
 SLOW_PLACES = 2
 """Slow checks that may go on beside the normal ones, a worker."""
+DEAD_BEFORE = 0.05
+"""A worker lost within so many seconds of a check's begin died idle; the check is asked again."""
 START_LIMIT = 120.0
 """Seconds that a worker may take to come up, the import of math-verify included."""
 STARVED = 0.05
@@ -50,6 +52,8 @@ class Job:
         self.patience = patience
         """Seconds after which a verdict cannot come any more."""
         self.askers = 1
+        self.asked_again = False
+        """Its first worker was dead before it could begin."""
 
     def withdraw(self) -> None:
         """One asker gives up; a check that nobody waits for is not begun."""
@@ -160,7 +164,7 @@ class Manager:
         while self._waiting and places > 0 and free:
             with self._lock:
                 job = self._waiting.popleft()
-            if job.verdict.set_running_or_notify_cancel():
+            if job.asked_again or job.verdict.set_running_or_notify_cancel():
                 self._begin(free.pop(), job)
                 places -= 1
             else:
@@ -259,9 +263,15 @@ class Manager:
         self._settle(worker, Verdict("timeout", f"over {worker.limit:g} s, killed"))
 
     def _crashed(self, worker: _Worker) -> None:
-        self.counts["crashes"] += worker.job is not None
         came_up = worker.process_id
         self._discard(worker)
+        job = worker.job
+        if job and not job.asked_again and time.monotonic() - worker.since < DEAD_BEFORE:
+            job.asked_again = True
+            with self._lock:
+                self._waiting.appendleft(job)
+            return
+        self.counts["crashes"] += job is not None
         self._settle(worker, Verdict("error", "the worker died in this check"))
         if not came_up:
             self._lose_nursery()
@@ -286,7 +296,7 @@ class Manager:
             with self._lock:
                 job = self._waiting.popleft()
             self._forget(job)
-            if job.verdict.set_running_or_notify_cancel():
+            if job.asked_again or job.verdict.set_running_or_notify_cancel():
                 job.verdict.set_result(verdict)
 
     def _forget(self, job: Job) -> None:
