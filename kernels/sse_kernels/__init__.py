@@ -3,6 +3,7 @@
 Knows nothing of models. Needs torch alone.
 """
 
+from .activations import classify, gdn_beta, gdn_log_decay, gla_log_decay
 from .conv import causal_conv, causal_conv_step
 from .delta.chunk import chunk_sse_gdn
 from .delta.naive import naive_sse_gdn
@@ -21,7 +22,11 @@ __all__ = [
     "causal_conv_step",
     "chunk_sse_gdn",
     "chunk_sse_gla",
+    "classify",
     "gated_rms_norm",
+    "gdn_beta",
+    "gdn_log_decay",
+    "gla_log_decay",
     "naive_sse_gdn",
     "naive_sse_gla",
     "recurrent_sse_gdn",

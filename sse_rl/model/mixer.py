@@ -12,7 +12,11 @@ from sse_kernels import (
     Routing,
     causal_conv,
     causal_conv_step,
+    classify,
     gated_rms_norm,
+    gdn_beta,
+    gdn_log_decay,
+    gla_log_decay,
     route,
     sse_gdn,
     sse_gdn_step,
@@ -25,7 +29,6 @@ from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
 
 _DECAY_RANK = 16
-_DECAY_TEMPERATURE = 16
 
 
 class Streams(NamedTuple):
@@ -130,19 +133,14 @@ class SSEMixer(nn.Module):
 
     def _gla(self, x: Tensor, streams: Streams, routing: Routing, seqs: PackedInputs) -> Tensor:
         q1, k1, q2, k2, v = streams
-        g1, g2 = (
-            F.logsigmoid(low_rank(x).float().view(q1.shape)) / _DECAY_TEMPERATURE
-            for low_rank in self.gk_proj
-        )
-        k1, k2 = (self._classify(k).to(v.dtype) for k in (k1, k2))
+        g1, g2 = (gla_log_decay(low_rank(x).view(q1.shape)) for low_rank in self.gk_proj)
+        k1, k2 = (classify(k, self.config.row_topk) for k in (k1, k2))
         inputs = (F.silu(q1), k1, F.silu(q2), k2, F.silu(v), g1, g2, routing)
         return self._recur(partial(sse_gla, *inputs), partial(sse_gla_step, *inputs), seqs)
 
     def _gdn(self, x: Tensor, streams: Streams, routing: Routing, seqs: PackedInputs) -> Tensor:
-        beta = _sigmoid(self.b_proj(x).float())
-        if self.config.allow_neg_eigval:
-            beta = 2 * beta
-        g = -self.A_log.float().exp() * _softplus(self.a_proj(x).float() + self.dt_bias.float())
+        beta = gdn_beta(self.b_proj(x), allow_neg_eigval=self.config.allow_neg_eigval)
+        g = gdn_log_decay(self.a_proj(x), self.A_log, self.dt_bias)
         (g1, g2), (beta1, beta2) = g.chunk(2, -1), beta.chunk(2, -1)
         q1, k1, q2, k2, v = (F.silu(stream) for stream in streams)
         inputs = (q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing)
@@ -174,14 +172,6 @@ class SSEMixer(nn.Module):
         state[seqs.slots] = final.to(state.dtype)
         return o
 
-    def _classify(self, k: Tensor) -> Tensor:
-        """Softmax over the Dk state rows in fp32, of the `row_topk` best rows if that is set."""
-        k = k.float()
-        if self.config.row_topk is not None and self.config.row_topk < k.shape[-1]:
-            order = k.detach().sort(dim=-1, descending=True, stable=True).indices
-            k = k.scatter(-1, order[..., self.config.row_topk :], float("-inf"))
-        return k.softmax(-1)
-
 
 def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:
     return nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, width, bias=bias))
@@ -189,13 +179,3 @@ def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequen
 
 def _depthwise(channels: int, size: int) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, size, groups=channels, bias=False)
-
-
-# On CPU torch's sigmoid and softplus round the last elements of a tensor (a SIMD tail) differently,
-# so a row's bits would depend on its company; exp and log1p do not.
-def _sigmoid(x: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-x))
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0)
