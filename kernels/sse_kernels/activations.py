@@ -1,4 +1,4 @@
-"""What turns an SSE layer's projections into the operators' inputs; sections 2 and 3 of the paper."""
+"""What makes an SSE layer's projections into its operators' inputs; arXiv 2507.16577, section 3."""
 
 from __future__ import annotations
 
