@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import sse_kernels
 import torch
-from bench_sse import MAIN, Problem  # pyright: ignore
+from problems import MAIN, Problem
 from sse_kernels import block_sizes, route
 from sse_kernels.block_sizes import Blocks
 from torch.profiler import ProfilerActivity, profile
@@ -59,7 +59,7 @@ def workload(kernel: str, width: int) -> Callable[[], object]:
     """A call that launches the kernel at the benchmark's main shape, 2048 channels a token."""
     heads = 2048 // width
     if kernel not in STEPS:
-        problem = Problem(MAIN._replace(h=heads, d=width))
+        problem = Problem("gla", MAIN._replace(h=heads, d=width))
         return lambda: problem.both(sse_kernels.sse_gla)
     batch = 64
     normal = lambda *s: torch.randn(batch, heads, *s, device="cuda", dtype=torch.bfloat16)
