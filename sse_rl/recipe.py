@@ -265,6 +265,10 @@ class Grpo(Section):
     """The budget of one packed row; how a batch is split never changes its gradient."""
     routing_replay: bool = True
     """The learner routes each token as the rollout did."""
+    exact_logprobs: bool = False
+    """The learner's log-probs come from the forms that sampled (token by token), their gradient
+    from the chunked ones. On the CPU rollout and learner then agree to the bit, at the price of
+    another pass of decoding for each update; on a GPU it is a check, not a promise."""
     correction: Correction = Field(default_factory=Correction)
     max_staleness: NonNegative = 0
     """Weight versions that a trajectory may lag behind; 0 is synchronous."""
@@ -386,6 +390,18 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     cluster: Cluster = Field(default_factory=Cluster)
     export: Export = Field(default_factory=Export)
+
+    @model_validator(mode="after")
+    def _exactness(self) -> Self:
+        threads = self.rollout.num_threads, self.cluster.learner_threads
+        on_cpu = not self.cluster.learner_gpus and not self.rollout.num_gpus_per_worker
+        exact = self.grpo is not None and self.grpo.exact_logprobs
+        if exact and on_cpu and (threads[0] is None or threads[0] != threads[1]):
+            raise ValueError(
+                "grpo.exact_logprobs: threads split sums, so rollout.num_threads and "
+                f"cluster.learner_threads must be given and equal, got {threads[0]}, {threads[1]}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _teacher(self) -> Self:

@@ -111,6 +111,11 @@ def test_cispo_without_its_cap_is_refused():
     assert "epsilon_high" in refusal(MINIMAL, "grpo.loss_type=cispo")
 
 
+def test_exact_logprobs_want_equal_threads():
+    message = refusal(MINIMAL, "grpo.exact_logprobs=true", "rollout.num_threads=2")
+    assert "cluster.learner_threads must be given and equal, got 2, None" in message
+
+
 def test_two_origins_of_a_model_are_refused():
     wanted = "exactly one of model.path, model.config, model.convert"
     assert wanted in refusal(MINIMAL, "model.config={hidden_size: 32}")

@@ -15,6 +15,7 @@ from sse_rl.learner.losses import Tokens, policy_loss
 from sse_rl.learner.metrics import Tally, trajectory_metrics
 from sse_rl.learner.optimizer import Optimizer, Update
 from sse_rl.learner.packing import pack
+from sse_rl.learner.rescore import rescore
 from sse_rl.learner.routing import balance_loss, flips, partition_shares
 from sse_rl.learner.samples import weigh
 from sse_rl.model.cache import PackedInputs
@@ -33,12 +34,18 @@ class Learner:
         *,
         reference: SSEForCausalLM | None = None,
         device: torch.device | str = "cpu",
+        page_size: int = 64,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`reference` is the frozen model that `grpo.beta` > 0 needs; the KL to it is a metric."""
+        """`reference` is the frozen model that `grpo.beta` > 0 needs; the KL to it is a metric.
+
+        `page_size` and `state_dtype` are the rollout engine's, for `grpo.exact_logprobs`.
+        """
         if grpo.beta > 0 and reference is None:
             raise ValueError(f"beta = {grpo.beta} needs a reference model")
         self.device = torch.device(device)
         self.grpo = grpo
+        self._engine_form = {"page_size": page_size, "state_dtype": state_dtype}
         nn.Module.to(model, self.device)
         self.model = model.train()
         if grpo.gradient_checkpointing:
@@ -129,6 +136,15 @@ class Learner:
         """Add the gradient of a micro-batch, `part` of an update, to the model's; its loss."""
         out = self.model.packed(row.input_ids, row.inputs)
         logprobs, entropy = self._logprobs(self.model, out, row)
+        if self.grpo.exact_logprobs:
+            exact = rescore(
+                self.model,
+                row.batch,
+                temperature=self.grpo.temperature,
+                replay=self.grpo.routing_replay,
+                **self._engine_form,
+            )
+            logprobs = _Valued.apply(logprobs, exact)
         if row.old is None:
             self._compare(row, logprobs.detach(), out, tally)
         assert row.old is not None and row.weights is not None
@@ -199,6 +215,18 @@ class Learner:
         )
 
 
+class _Valued(torch.autograd.Function):
+    """`value` with the gradient of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 @dataclass(frozen=True, slots=True)
 class _Balance:
     """What the load-balance loss needs of the whole optimisation batch."""
@@ -215,6 +243,7 @@ class _Row:
         def load(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device)
 
+        self.batch = batch
         sequence = batch.sequence
         self.input_ids = load(batch.input_ids)
         self.routing = load(batch.routing)

@@ -26,6 +26,8 @@ class LearnerWorker:
         device: str,
         num_threads: int | None,
         seed: int,
+        page_size: int,
+        state_dtype: str,
     ) -> None:
         from sse_rl.learner.step import Learner
         from sse_rl.model import SSEForCausalLM
@@ -37,7 +39,14 @@ class LearnerWorker:
             device
         )
         reference = load().eval().requires_grad_(False) if grpo.beta else None
-        self.learner = Learner(load(), grpo, reference=reference, device=torch.device(device))
+        self.learner = Learner(
+            load(),
+            grpo,
+            reference=reference,
+            device=torch.device(device),
+            page_size=page_size,
+            state_dtype=getattr(torch, state_dtype),
+        )
 
     def sees(self, path: str) -> bool:
         return Path(path).exists()

@@ -329,6 +329,8 @@ class Job:
                 device="cuda" if resources.learner_gpus else "cpu",
                 num_threads=resources.learner_threads,
                 seed=self.recipe.seed,
+                page_size=self.recipe.rollout.page_size,
+                state_dtype=self.recipe.rollout.state_dtype,
             )
         )
         self.actors.callback(ray.kill, learner)  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sse_rl.learner.step import Learner
+from sse_rl.model import SSEForCausalLM
 from sse_rl.rollout.engine import Engine
 from sse_rl.types import Group, Prompt, Request, SamplingParams, Trajectory
 
@@ -17,6 +18,10 @@ def sampled_groups(engine: Engine, seed: int) -> list[Group]:
         Request(str(i), tuple(rng.integers(3, 29, rng.integers(1, 70)).tolist()), params)
         for i in range(4)
     ]
+    return as_groups(requests, engine, rng)
+
+
+def as_groups(requests: list[Request], engine: Engine, rewards: np.random.Generator) -> list[Group]:
     return [
         Group(
             int(request.request_id),
@@ -24,7 +29,7 @@ def sampled_groups(engine: Engine, seed: int) -> list[Group]:
             [
                 Trajectory(
                     c.token_ids, c.logprobs, c.routing, c.versions, c.finish_reason,
-                    reward=float(rng.integers(0, 2)),
+                    reward=float(rewards.integers(0, 2)),
                 )
                 for c in completions
             ],
@@ -33,10 +38,9 @@ def sampled_groups(engine: Engine, seed: int) -> list[Group]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["gla", "gdn"])
-def test_engine_and_learner_agree_over_updates(policy, settings, variant: str) -> None:
-    engine = Engine(
-        policy(linear_attn_type=variant),
+def engine_of(model: SSEForCausalLM) -> Engine:
+    return Engine(
+        model,
         max_num_seqs=8,
         num_pages=40,
         page_size=64,
@@ -44,6 +48,38 @@ def test_engine_and_learner_agree_over_updates(policy, settings, variant: str) -
         eos_token_ids=(2,),
         max_model_len=160,
     )
+
+
+@pytest.mark.parametrize("variant", ["gla", "gdn"])
+def test_exact_logprobs_are_the_engines_to_the_bit(policy, settings, variant: str) -> None:
+    changes = {"linear_attn_type": variant, "initializer_range": 0.6}
+    engine = engine_of(policy(**changes))
+    options = {"max_tokens_per_micro_batch": 600, "num_iterations": 2, "learning_rate": 0.05}
+    exact = Learner(policy(**changes), settings(**options, exact_logprobs=True))
+    chunked = Learner(policy(**changes), settings(**options))
+    for step in range(2):
+        groups = sampled_groups(engine, seed=step)
+        metrics, theirs = exact.step(groups), chunked.step(groups)
+        assert metrics["rollout_logprob_diff_max"] == 0
+        assert metrics["importance_ratio/max"] == 1
+        assert theirs["rollout_logprob_diff_max"] > 0
+        assert metrics["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        engine.set_weights(exact.weights(), version=step + 1)
+        chunked.model.load_state_dict(exact.weights())
+
+
+def test_exact_logprobs_of_prompts_of_one_token(policy, settings) -> None:
+    engine = engine_of(policy())
+    params = SamplingParams(n=2, temperature=1.2, max_tokens=5)
+    requests = [Request(str(i), (3 + i,), params) for i in range(8)]
+    groups = as_groups(requests, engine, np.random.default_rng(0))
+    metrics = Learner(policy(), settings(exact_logprobs=True)).step(groups)
+    assert metrics["rollout_logprob_diff_max"] == 0
+
+
+@pytest.mark.parametrize("variant", ["gla", "gdn"])
+def test_engine_and_learner_agree_over_updates(policy, settings, variant: str) -> None:
+    engine = engine_of(policy(linear_attn_type=variant))
     learner = Learner(policy(linear_attn_type=variant), settings(max_tokens_per_micro_batch=600))
     for step in range(3):
         metrics = learner.step(sampled_groups(engine, seed=step))
