@@ -54,6 +54,7 @@ def row(run: Path) -> dict[str, Any]:
         "seed": recipe["seed"],
         "learning_rate": recipe["grpo"]["learning_rate"],
         "shuffle_rewards": recipe["grpo"]["shuffle_rewards"],
+        "exact_logprobs": recipe["grpo"]["exact_logprobs"],
         "steps": summary["steps"],
         "wall_s": summary["wall_s"],
         **{key: heldout[key] for key in sorted(heldout)},
