@@ -12,8 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kernel_tables
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -76,7 +82,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-TABLES: dict[str, Any] = {"quickstart": quickstart, "grpo_gpu": grpo_gpu}
+TABLES: dict[str, Any] = {"quickstart": quickstart, "grpo_gpu": grpo_gpu, **kernel_tables.TABLES}
 
 if __name__ == "__main__":
     main()

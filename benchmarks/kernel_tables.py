@@ -1,0 +1,135 @@
+"""The tables of kernels/README.md, from the result files of kernels/benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "kernels" / "benchmarks" / "results"
+FORMS = {
+    "triton": "",
+    "triton, CUDA graph": "in a CUDA graph",
+    "torch": "torch form",
+    "reference": "the reference rebuilt on fla 0.6",
+    "fla chunk_gla, one stream": "fla's `chunk_gla`, one stream, no router",
+}
+
+
+def sequences() -> str:
+    """Milliseconds of token mixing, a line a shape; baselines as multiples of ours beside them."""
+    result = _result("sse")
+    columns = [f"{v} {p}" for v in ("gla", "gdn") for p in ("forward", "forward+backward")]
+    times = {(r["shape"], r["form"], r["case"]): r["value"] for r in _rows(result, "ms")}
+    shapes = list(dict.fromkeys(shape for shape, _, _ in times))
+    measured = dict.fromkeys((shape, form) for shape, form, _ in times)
+    lines = []
+    for shape, form in sorted(measured, key=lambda pair: shapes.index(pair[0])):
+        cells = []
+        for case in columns:
+            time, ours = times.get((shape, form, case)), times.get((shape, "triton", case))
+            ratio = f" ({time / ours:.1f} x)" if time and ours and "triton" not in form else ""
+            cells.append("" if time is None else f"{_three(time)}{ratio}")
+        label = shape if form == "triton" else FORMS[form]
+        lines.append([label, *cells])
+    head = ["bf16, ms", "GLA forward", "forward+backward", "GDN forward", "forward+backward"]
+    return _table(head, lines) + _note(result)
+
+
+def steps() -> str:
+    """Microseconds and share of the copy bandwidth of one token a sequence."""
+    result = _result("sse")
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["case"].endswith(" step"):
+            line = cells.setdefault((row["case"], row["form"]), {})
+            text = line.get(row["shape"], "")
+            is_time = row["unit"] == "us"
+            more = f"{_three(row['value'])} us" if is_time else f", {100 * row['value']:.0f} %"
+            line[row["shape"]] = text + more
+    shapes = list(dict.fromkeys(shape for line in cells.values() for shape in line))
+    lines = [
+        [f"{case.split()[0].upper()}, {form.removeprefix('triton, ')}"]
+        + [line.get(shape, "") for shape in shapes]
+        for (case, form), line in cells.items()
+    ]
+    return _table(["one token a sequence", *shapes], lines)
+
+
+def errors() -> str:
+    """Largest relative error of outputs and gradients, a line a case."""
+    result = _result("sse")
+    kinds = ["o", "dq", "dk", "dv", "dg", "dbeta", "dlogits"]
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in _rows(result, "relative"):
+        line = found.setdefault((row["case"], row["shape"]), {})
+        kind = row["form"].rstrip("12")
+        line[kind] = max(line.get(kind, 0.0), row["value"])
+    lines = [
+        [f"{case.replace(' error', '').replace('gla', 'GLA').replace('gdn', 'GDN')}, {shape}"]
+        + [f"{line[kind]:.1e}" if kind in line else "" for kind in kinds]
+        for (case, shape), line in found.items()
+    ]
+    return _table(["relative error against fp64", *kinds], lines)
+
+
+def properties() -> str:
+    """Memory kept for the backward pass, differing bits, waits for the device."""
+    result = _result("sse")
+    lines = [
+        [row["case"].replace("gla", "GLA").replace("gdn", "GDN"), row["shape"], f"{text}{unit}"]
+        for unit in ("bf16 rows", "elements differ", "waits")
+        for row in _rows(result, unit)
+        for text in [f"{row['value']:.2f} " if unit == "bf16 rows" else f"{row['value']} "]
+    ]
+    return _table(["", "", ""], lines)
+
+
+def first_calls() -> str:
+    """Seconds of first calls with nothing compiled."""
+    result = _result("first-calls")
+    lines = [[row["case"], f"{row['value']:.1f}"] for row in result["rows"]]
+    return _table(["nothing compiled, a process each", "s"], lines) + _note(result)
+
+
+def _result(name: str) -> dict[str, Any]:
+    (path,) = RESULTS.glob(f"{name}-nvidia*.json")
+    return json.loads(path.read_text())
+
+
+def _rows(result: dict[str, Any], unit: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["unit"] == unit]
+
+
+def _three(value: float) -> str:
+    """Three digits."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _note(result: dict[str, Any]) -> str:
+    top = result.get("ceilings")
+    ceilings = (
+        f"copies {top['copy_gb_s']:.0f} GB/s, bf16 products {top['matmul_tflop_s']:.0f} TFLOP/s; "
+        if top
+        else ""
+    )
+    return (
+        f"\n{result['device']}, {ceilings}torch {result['torch']}, triton {result['triton']}, "
+        f"{result['date']}, commit {result['commit']}, `{result['command']}`.\n"
+    )
+
+
+TABLES = {
+    "kernel_sequences": sequences,
+    "kernel_steps": steps,
+    "kernel_errors": errors,
+    "kernel_properties": properties,
+    "kernel_first_calls": first_calls,
+}
