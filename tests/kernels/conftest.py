@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,3 +140,12 @@ def make_case() -> Callable[..., Case]:
 @pytest.fixture
 def difference() -> Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, float]]:
     return _difference
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that a kernel was to write and did not holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -17,7 +17,10 @@ def assert_agrees(case, difference):
     assert max(errors.values()) < TOLERANCE, errors
 
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu holds these cases")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu holds these cases"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 def test_agrees_with_the_definition(make_case, difference):
