@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sse_kernels
 import torch
+from compile_first import Call, compile_first
 from measure import Row, arguments, ceilings, graph_milliseconds, milliseconds, save, shown
 from problems import MAIN, Problem
-from properties import errors, exactness, kept_memory
+from properties import RAGGED, error_calls, errors, exactness, kept_memory
 from reference import one_stream, reference_sse_gdn, reference_sse_gla
 from sse_kernels import route
 
@@ -42,6 +43,12 @@ MILLION = MAIN._replace(length=131072)
 OPERATORS = {"gla": sse_kernels.sse_gla, "gdn": sse_kernels.sse_gdn}
 TORCH = {"gla": sse_kernels.chunk_sse_gla, "gdn": sse_kernels.chunk_sse_gdn}
 REFERENCE = {"gla": reference_sse_gla, "gdn": reference_sse_gdn}
+
+
+def calls(variant: str) -> list[Call]:
+    """All that needs kernels of its own."""
+    shapes = [*SHAPES, RAGGED, RAGGED._replace(sequences=1)]
+    return [*(Call(variant, shape) for shape in shapes), *error_calls(variant)]
 
 
 def sequences(variant: str) -> Iterator[Row]:
@@ -123,8 +130,11 @@ def main() -> None:
     parts = options.parts or ["gla", "gdn", "step"]
     if unknown := set(parts) - {"gla", "gdn", "step"}:
         parser.error(f"PART must be gla, gdn or step, got {', '.join(sorted(unknown))}")
+    variants = [part for part in parts if part != "step"]
+    if variants:
+        compile_first(call for variant in variants for call in calls(variant))
     top, rows = ceilings(), []
-    for variant in (part for part in parts if part != "step"):
+    for variant in variants:
         for part in (errors, exactness, kept_memory, sequences):
             rows += shown(part(variant))
             torch.cuda.empty_cache()

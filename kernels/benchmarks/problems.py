@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,14 @@ MAIN = Shape(8, 2048, 16, 128, 4, 1)
 
 
 class Problem:
-    """Leaves in the order of the operator's arguments, router logits last, and a gradient of o."""
+    """Leaves in the order of the operator's arguments, router logits last, and a gradient of o.
+
+    option: a flag of the operator that is set.
+    """
 
     def __init__(
         self, variant: str, shape: Shape, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
-        **options: Any,
+        option: str | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         tokens, width = shape.sequences * shape.length, (shape.h, shape.d)
@@ -58,7 +61,7 @@ class Problem:
                 leaves[f"beta{stream}"] = normal(shape.h).sigmoid()
         leaves["logits"] = normal(shape.n)
         self.leaves: dict[str, Tensor] = {n: x.requires_grad_() for n, x in leaves.items()}
-        self.k, self.options = shape.k, options
+        self.k, self.options = shape.k, {option: True} if option else {}
         self.cu_seqlens = torch.arange(shape.sequences + 1, device="cuda") * shape.length
         self.do: Tensor | None = None
 

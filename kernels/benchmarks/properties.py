@@ -9,12 +9,14 @@ from typing import Any
 
 import sse_kernels
 import torch
+from compile_first import Call
 from measure import Row
 from problems import MAIN, Problem, Shape
 from torch import Tensor
 
 SHORT = Shape(4, 150, 2, 128, 4, 1)
 LONG = Shape(4, 1000, 4, 128, 4, 1)
+RAGGED = MAIN._replace(length=777, k=2)
 
 
 def errors(variant: str) -> Iterator[Row]:
@@ -23,38 +25,41 @@ def errors(variant: str) -> Iterator[Row]:
     Short sequences against the definition, long ones against the torch form, which equals it to
     1e-15.
     """
-    options: list[dict[str, Any]] = [{}]
-    if variant == "gdn":
-        options.append({"gate_after_norm": True})
-    exact_forms = ((SHORT, "naive"), (LONG, "chunk"))
-    for (shape, exact), k, option in itertools.product(exact_forms, (1, 2), options):
-        shape = shape._replace(k=k)
-        problem = Problem(variant, shape, seed=1, **option)
+    for _, shape, option in error_calls(variant):
+        exact = "chunk" if shape.length == LONG.length else "naive"
+        problem = Problem(variant, shape, seed=1, option=option)
         right = problem.double().both(getattr(sse_kernels, f"{exact}_sse_{variant}"))
         if variant == "gdn" and not option:
             # The norm cancels the router's weight: this gradient is rounding alone.
             del right["dlogits"]
         found = problem.both(getattr(sse_kernels, f"sse_{variant}"))
-        case = f"{variant} error" + "".join(f", {name}" for name in option)
+        case = f"{variant} error" + (f", {option}" if option else "")
         for name, x in right.items():
             yield Row(case, str(shape), name, _error(found[name], x), "relative")
+
+
+def error_calls(variant: str) -> list[Call]:
+    """What `errors` compares: K of 1 and 2, for GDN also with the gate after the norm."""
+    options = [None, "gate_after_norm"] if variant == "gdn" else [None]
+    choices = itertools.product((SHORT, LONG), (1, 2), options)
+    return [Call(variant, shape._replace(k=k), option) for shape, k, option in choices]
 
 
 def exactness(variant: str) -> Iterator[Row]:
     """Numbers that must be 0: elements that differ, and waits for the device."""
     form = getattr(sse_kernels, f"sse_{variant}")
-    shape = MAIN._replace(length=777, k=2)
-    problem = Problem(variant, shape)
+    problem, shape = Problem(variant, RAGGED), str(RAGGED)
     first = problem.both(form)
     again = problem.both(form)
     differing = sum(_differing(first[name], again[name]) for name in first)
-    yield Row(f"{variant} second run", str(shape), "triton", differing, "elements differ")
+    yield Row(f"{variant} second run", shape, "triton", differing, "elements differ")
     start, end = problem.cu_seqlens[3:5].tolist()
     alone = problem.alone(3).both(form)
     differing = sum(_differing(first[name][start:end], alone[name]) for name in first)
-    yield Row(f"{variant} packed beside alone", str(shape), "triton", differing, "elements differ")
+    yield Row(f"{variant} packed beside alone", shape, "triton", differing, "elements differ")
+    assert _waits(lambda: problem.cu_seqlens[0].item()), "torch does not report a wait"
     for name, run in (("forward", problem.forward), ("forward+backward", problem.both)):
-        yield Row(f"{variant} {name}", str(shape), "triton", _waits(lambda: run(form)), "waits")  # noqa: B023
+        yield Row(f"{variant} {name}", shape, "triton", _waits(lambda: run(form)), "waits")  # noqa: B023
 
 
 def kept_memory(variant: str) -> Iterator[Row]:
