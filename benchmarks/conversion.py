@@ -1,0 +1,209 @@
+"""What each choice of a conversion costs: perplexities after equal, short distillations.
+
+    python benchmarks/conversion.py --source SmolLM2 --train gsm8k_train.jsonl \
+        --held-out gsm8k_test.jsonl            # writes results/conversion-<device>.json
+
+First all layers are converted and aligned, and each is put alone into the teacher: how far its
+logits then move (nats a token) says which layers should stay attention. Then each case is converted
+and distilled on the same rows, in the same order, from the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sse_rl.data.corpus import PackedText, Rows, worked
+from sse_rl.data.problems import load_problems
+from sse_rl.data.tokenizer import named_tokenizer
+from sse_rl.model import SSEForCausalLM, packed_inputs
+from sse_rl.model.convert import as_softmax, convert, load_teacher
+from sse_rl.pipeline.distill import Perplexities, distill
+from sse_rl.recipe import Convert, Data, Distill, Source
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "8 layers kept, evenly spread": ({"attention_layers": 8}, {}),
+    "8 most sensitive": ({}, {}),
+    "15 most sensitive": ({"attention_layers": "15 most sensitive"}, {}),
+    "8 most sensitive, output gate": ({"use_output_gate": True}, {}),
+    "8 most sensitive, distilled at 1e-3": ({}, {"learning_rate": 1e-3}),
+    "8 most sensitive, aligned at 3e-3": ({}, {"align_learning_rate": 3e-3}),
+    "8 most sensitive, not aligned": ({}, {"align_steps": 0}),
+    "8 most sensitive, text's cross-entropy alone": ({}, {"kl_coef": 0.0, "lm_coef": 1.0}),
+    "10 most sensitive": ({"attention_layers": "10 most sensitive"}, {}),
+    "8 most sensitive, no short convolution": ({"use_short_conv": False}, {}),
+    "8 most sensitive, N = 8, K = 2": ({"num_sparse_partition": 8, "num_writer": 2}, {}),
+    "8 most sensitive, GDN": ({"linear_attn_type": "gdn"}, {}),
+    "8 most sensitive, GDN, output gate": (
+        {"linear_attn_type": "gdn", "use_output_gate": True},
+        {},
+    ),
+}
+"""Name -> keys of `Convert` and of `Distill`; 8 most sensitive layers are kept if not said."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--train", required=True, help="problems with solutions, JSONL")
+    parser.add_argument("--held-out", required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cases", help="numbers, e.g. 0,2; default all")
+    parser.add_argument("--align-steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--eval-tokens", type=int, default=32768)
+    parser.add_argument("--kl-tokens", type=int, default=8192)
+    parser.add_argument("--commit", help="where the tree is no git checkout")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    bench = Bench(options)
+    sensitivity = bench.sensitivity()
+    print(json.dumps({"sensitivity": sensitivity}), flush=True)
+    ranked = sorted(range(len(sensitivity)), key=lambda i: -sensitivity[i])
+    wanted = [int(n) for n in options.cases.split(",")] if options.cases else range(len(CASES))
+    rows: list[dict[str, Any]] = []
+    for name, (converted, distilled) in (list(CASES.items())[n] for n in wanted):
+        kept = converted.get("attention_layers", "8 most sensitive")
+        if isinstance(kept, str):
+            kept = sorted(ranked[: int(kept.split()[0])])
+        rows.append({"case": name} | bench.run(converted | {"attention_layers": kept}, distilled))
+        print(json.dumps(rows[-1]), flush=True)
+        write(options, rows, sensitivity)
+
+
+class Bench:
+    """A teacher, the text, and what is measured on held-out rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        tokenizer = named_tokenizer(options.source, None)
+        self.origin = load_teacher(options.source)
+        self.teacher = as_softmax(self.origin, options.source).to(options.device)
+
+        def text(path: str) -> PackedText:
+            source = Source(path=path, solution_remove="<<.*?>>")
+            data = Data(tokenizer=options.source, train=source)
+            documents = worked(load_problems(source), tokenizer, data)
+            return PackedText(documents, max_length=options.length, seed=0)
+
+        self.text, self.held_out = text(options.train), text(options.held_out)
+        self.reference = [self.hidden(self.teacher, rows) for rows in self.measured()]
+
+    def run(self, converted: dict[str, Any], distilled: dict[str, Any]) -> dict[str, Any]:
+        """One case: its settings, perplexities on the way, divergence at the end, and the time."""
+        began = time.monotonic()
+        student, perplexities, log = self.distilled(converted, distilled)
+        return {
+            "settings": converted | distilled,
+            "perplexity": {name: texts["held-out"] for name, texts in perplexities.items()},
+            "kl": self.divergence(student),
+            "losses": [round(row["loss"], 4) for row in log],
+            "tokens_per_s": round(log[-1]["perf/tokens_per_s"]),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def distilled(
+        self, converted: dict[str, Any], changed: dict[str, Any]
+    ) -> tuple[SSEForCausalLM, Perplexities, list[dict[str, float]]]:
+        """A student after both stages, what was measured on the way, and the log."""
+        wanted = Convert(source=self.options.source, **converted)
+        student = convert(self.origin, wanted).to(self.options.device)
+        settings: dict[str, Any] = {
+            "align_steps": self.options.align_steps,
+            "max_steps": self.options.steps,
+            "learning_rate": 5e-4,
+            "per_device_train_batch_size": self.options.rows,
+            "max_length": self.options.length,
+            "warmup_steps": 10,
+            "eval_tokens": self.options.eval_tokens,
+            "bf16": self.options.device == "cuda",
+            "save_steps": 0,
+        }
+        log: list[dict[str, float]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            perplexities = distill(
+                student,
+                self.teacher,
+                self.text,
+                {"held-out": self.held_out},
+                options=Distill(**settings | changed),
+                seed=0,
+                state=Path(folder) / "state.pt",
+                progress=lambda step, metrics: log.append({"step": step, **metrics}),
+            )
+        return student, perplexities, log
+
+    def sensitivity(self) -> list[float]:
+        """For each layer, the divergence that it alone, converted and aligned, brings about."""
+        student, _, _ = self.distilled({"attention_layers": []}, {"max_steps": 0})
+        moved = []
+        for own, other in zip(self.teacher.model.layers, student.model.layers, strict=True):
+            attention, own.attn = own.attn, other.attn
+            moved.append(round(self.divergence(self.teacher), 4))
+            own.attn = attention
+        return moved
+
+    @torch.no_grad()
+    def divergence(self, model: SSEForCausalLM) -> float:
+        """KL(teacher | model) in nats a token."""
+        total, count = 0.0, 0
+        for rows, wanted in zip(self.measured(), self.reference, strict=True):
+            hidden = self.hidden(model, rows)
+            for ours, theirs in zip(hidden.split(2048), wanted.split(2048), strict=True):
+                mine = F.log_softmax(model.logits(ours), -1)
+                target = F.log_softmax(self.teacher.logits(theirs), -1)
+                total += float(F.kl_div(mine, target, reduction="sum", log_target=True))
+            count += len(rows.tokens)
+        return total / count
+
+    @torch.no_grad()
+    def hidden(self, model: SSEForCausalLM, rows: Rows) -> torch.Tensor:
+        device = self.options.device
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            seqs = packed_inputs(rows.lengths, device=device)
+            return model.packed(torch.from_numpy(rows.tokens).to(device), seqs).hidden
+
+    def measured(self) -> list[Rows]:
+        return self.held_out.in_order(self.options.kl_tokens)
+
+
+def write(
+    options: argparse.Namespace, rows: list[dict[str, Any]], sensitivity: list[float]
+) -> None:
+    cuda = options.device == "cuda"
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(commit, capture_output=True, text=True, check=False)
+    result = {
+        "name": "conversion",
+        "device": device,
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__ if cuda else None,
+        "commit": options.commit or found.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+        "command": "python benchmarks/conversion.py --source SmolLM2-135M-Instruct "
+        "--train gsm8k_train.jsonl --held-out gsm8k_test.jsonl",
+        "steps": {"align": options.align_steps, "distil": options.steps},
+        "tokens_a_step": options.rows * options.length,
+        "sensitivity": sensitivity,
+        "rows": rows,
+    }
+    options.out.mkdir(exist_ok=True)
+    path = options.out / f"conversion-{device.replace(' ', '-').lower()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
