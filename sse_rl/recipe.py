@@ -224,6 +224,46 @@ class Correction(Section):
     clip_max: PositiveFloat | None = 3.0
 
 
+class Difficulty(Section):
+    """Trains on prompts of known difficulty: before the first step each is answered, as training
+    would, and those too hard or too easy are left out. Needs the reward component `accuracy`."""
+
+    num_samples: Positive = 8
+    """Answers to each prompt."""
+    min_pass_rate: Fraction = 0.05
+    """Share of right answers; likewise the next one."""
+    max_pass_rate: Fraction = 0.95
+    limit: Positive | None = None
+    """Prompts to measure, the first that would be dealt; the others are left out."""
+    path: str | None = None
+    """difficulty.jsonl of another run: what stands there is not measured again."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate = {self.min_pass_rate} is above "
+                f"max_pass_rate = {self.max_pass_rate}: no prompt would be left"
+            )
+        return self
+
+
+class EarlyStop(Section):
+    """Ends GRPO before `max_steps` where the policy has collapsed; the last weights are evaluated
+    as at the end. Each limit is on a mean over `window` steps; None is none."""
+
+    window: Positive = 10
+    min_entropy: NonNegativeFloat | None = None
+    """Nats a token; likewise the next one."""
+    max_entropy: PositiveFloat | None = None
+    min_length: NonNegativeFloat | None = None
+    """Tokens of a mean answer."""
+    max_truncated: Fraction | None = None
+    """Share of answers that were cut off."""
+    min_reward_share: Fraction | None = None
+    """Of the best mean reward that any `window` steps before had."""
+
+
 class Grpo(Section):
     max_steps: Positive
     prompts_per_step: Positive = 8
@@ -276,6 +316,9 @@ class Grpo(Section):
     """Drop groups whose rewards are all equal and refill the batch (DAPO)."""
     dynamic_sampling_max_rounds: Positive = 4
     """Rounds of refilling before the step goes on with the groups it has."""
+    difficulty: Difficulty | None = None
+    """Which prompts are worth asking; None takes all."""
+    early_stop: EarlyStop | None = None
     shuffle_rewards: bool = False
     """A control experiment: rewards permuted within the batch. Learning must vanish."""
 
@@ -361,6 +404,9 @@ class Checkpoint(Section):
     every: NonNegative = 50
     """GRPO steps between checkpoints; 0 writes one at the end only."""
     keep: Positive = 2
+    best: bool = False
+    """Keep in `best/` the weights that scored highest on the first benchmark, the base among them,
+    and export those instead of the last."""
 
 
 class Cluster(Section):
@@ -400,6 +446,21 @@ class Recipe(Section):
             raise ValueError(
                 "grpo.exact_logprobs: threads split sums, so rollout.num_threads and "
                 f"cluster.learner_threads must be given and equal, got {threads[0]}, {threads[1]}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        components = [component.name for component in self.rewards.components]
+        if self.grpo and self.grpo.difficulty and "accuracy" not in components:
+            raise ValueError(
+                "grpo.difficulty needs the reward component accuracy, rewards.components has "
+                f"{', '.join(components)}; with weight 0 it changes no reward"
+            )
+        if self.checkpoint.best and self.eval.num_workers:
+            raise ValueError(
+                f"checkpoint.best with eval.num_workers = {self.eval.num_workers}: weights that "
+                "are evaluated beside the training are gone when their score is known; use 0"
             )
         return self
 

@@ -41,13 +41,15 @@ class Tally:
 
 
 def trajectory_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards and lengths of a batch; NaN for a statistic of rewards that too few have."""
+    """Rewards and lengths of a batch, `ended` of answers that were not cut off; NaN where too few
+    have what a statistic is of."""
     rewards = [group_rewards(group) for group in groups]
     values = np.concatenate(rewards)
     known = values[~np.isnan(values)]
     spreads = np.array([deviation(group) for group in rewards])
     trajectories = [t for group in groups for t in group.trajectories]
     lengths = np.array([len(t.token_ids) for t in trajectories])
+    ended = np.array([t.finish_reason == "stop" for t in trajectories])
     return {
         "reward": float(known.mean()) if len(known) else float("nan"),
         "reward_std": deviation(values),
@@ -55,5 +57,7 @@ def trajectory_metrics(groups: list[Group]) -> dict[str, float]:
         "completion_length/mean": float(lengths.mean()),
         "completion_length/min": float(lengths.min()),
         "completion_length/max": float(lengths.max()),
-        "truncated": sum(t.finish_reason != "stop" for t in trajectories) / len(trajectories),
+        "completion_length/p95": float(np.quantile(lengths, 0.95)),
+        "completion_length/ended": float(lengths[ended].mean()) if ended.any() else float("nan"),
+        "truncated": float(1 - ended.mean()),
     }

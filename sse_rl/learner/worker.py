@@ -60,10 +60,13 @@ class LearnerWorker:
 
     def save(self, folder: str) -> None:
         """Write `model/` and the trainer's state into an existing folder."""
-        self.learner.model.save_pretrained(Path(folder) / "model")
+        self.save_model(str(Path(folder) / "model"))
         state = self.learner.state_dict()
         del state["model"]
         torch.save(state, Path(folder) / TRAINER_FILE)
+
+    def save_model(self, folder: str) -> None:
+        self.learner.model.save_pretrained(folder)
 
     def load(self, folder: str) -> None:
         from safetensors.torch import load_file

@@ -14,13 +14,15 @@ import torch
 
 from sse_rl.errors import Interrupted, RunError
 from sse_rl.pipeline import cluster
+from sse_rl.pipeline.best import offer
 from sse_rl.pipeline.checkpoint import atomic_folder, is_complete, prune, step_folder
+from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
 from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource, TakeStats
 from sse_rl.recipe import Recipe
 from sse_rl.report.console import RunConsole
-from sse_rl.report.sinks import Sinks
+from sse_rl.report.sinks import METRICS, Sinks, read_rows
 from sse_rl.types import Group
 
 CURSOR_FILE = "cursor.pt"
@@ -45,13 +47,21 @@ class Controller:
     """Raises Interrupted once the run was asked to stop."""
 
     def train(self, start: int) -> None:
-        """GRPO steps `start + 1 .. max_steps`; weights of `start` are published already."""
+        """GRPO steps `start + 1 .. max_steps`, or until the policy collapses, and the evaluation of
+        the last weights; those of `start` are published already."""
         grpo, every = self.recipe.grpo, self.recipe.checkpoint.every
         assert grpo is not None
+        rows, last = read_rows(self.run_dir / METRICS), grpo.max_steps
         for step in range(start + 1, grpo.max_steps + 1):
             cursor = self.source.state_dict()
+            if reason := collapse(rows, grpo.early_stop):
+                self.console.say(f"stopped after step {step - 1}: {reason}")
+                last = step - 1
+                self.save(last, cursor)
+                break
             try:
                 scores = self.evaluations.scores(step - 1)
+                self._offer(step - 1, scores)
                 began = time.monotonic()
                 groups, taken = self.source.take(version=step - 1)
                 generated = time.monotonic()
@@ -72,11 +82,12 @@ class Controller:
                 "perf/tokens_per_s": metrics["tokens"] / (published - began),
                 "perf/worker_restarts": self.pool.restarts,
             }
-            self.sinks.log({"step": step, **metrics}, groups)
+            rows.append({"step": step, **metrics})
+            self.sinks.log(rows[-1], groups)
             self.console.step(step, grpo.max_steps, metrics)
             if step == grpo.max_steps or (every and step % every == 0):
                 self.save(step, self.source.state_dict())
-        self.evaluations.finish(grpo.max_steps)
+        self._offer(last, self.evaluations.finish(last))
 
     def save(self, step: int, cursor: dict[str, Any]) -> None:
         """Write checkpoints/step-<step>, whole or not at all."""
@@ -96,6 +107,16 @@ class Controller:
         loaded = self.learner.load.remote(str(folder))
         cluster.get(loaded, f"the learner (loading {folder})", timeout_s=self._timeout_s)
         self.source.load_state_dict(torch.load(folder / CURSOR_FILE, weights_only=False))
+
+    def _offer(self, step: int, scores: dict[str, float]) -> None:
+        """Weights that were just evaluated, to be kept if they are the best so far."""
+        if self.recipe.checkpoint.best:
+            offer(self.run_dir, step, scores, self._save_model)
+
+    def _save_model(self, folder: Path) -> None:
+        saved = self.learner.save_model.remote(str(folder))
+        cluster.get(saved, "the learner (saving the best)", timeout_s=self._timeout_s)
+        self.tokenizer.save_pretrained(folder)
 
     @property
     def _timeout_s(self) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sse_rl.errors import UserError
+from sse_rl.pipeline.best import BEST, kept
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder, verify
 from sse_rl.pipeline.overlap import discard_after
 from sse_rl.recipe import Recipe
@@ -90,7 +91,8 @@ def claim(run_dir: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def cut_back(run_dir: Path, step: int, *, max_steps: int) -> None:
-    """Remove what later steps left: their checkpoints and evaluations, and the export of the last.
+    """Remove what later steps left: their checkpoints and evaluations, the best weights if they are
+    among them, and the export of the last.
 
     They will be made again, of other weights where the hardware does not repeat itself.
     """
@@ -98,6 +100,9 @@ def cut_back(run_dir: Path, step: int, *, max_steps: int) -> None:
     for later in saved_steps(run_dir):
         if later > step:
             shutil.rmtree(step_folder(run_dir, later))
+    best = kept(run_dir)
+    if best is not None and best.step > step:
+        shutil.rmtree(run_dir / BEST)
     if step < max_steps:
         shutil.rmtree(run_dir / EXPORT, ignore_errors=True)
 

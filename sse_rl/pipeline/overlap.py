@@ -53,9 +53,9 @@ class BetweenSteps:
         """What the weights of `step` score, {} if they are not due."""
         return self.evaluate(step) if is_due(step, self.every) else {}
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int) -> dict[str, float]:
         """Evaluate the last weights."""
-        self.evaluate(step)
+        return self.evaluate(step)
 
 
 class Beside:
@@ -100,10 +100,11 @@ class Beside:
         evaluated, future = self._started.popleft()
         return {"eval/step": evaluated} | future.result()
 
-    def finish(self, step: int) -> None:
-        """Evaluate the last weights, and wait for all that was started."""
+    def finish(self, step: int) -> dict[str, float]:
+        """Evaluate the last weights, and wait for all that was started; {}."""
         self._start(step)
         self._wait()
+        return {}
 
     def close(self) -> None:
         self._closed.set()

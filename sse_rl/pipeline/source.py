@@ -127,26 +127,15 @@ class GroupSource:
             self._ask(name, prompt)
 
     def _ask(self, name: int, prompt: Prompt) -> None:
-        grpo, rollout = self.grpo, self.rollout
         self.pending[name] = prompt
-        params = SamplingParams(
-            n=grpo.num_generations,
-            temperature=grpo.temperature,
-            top_p=grpo.top_p,
-            top_k=grpo.top_k,
-            min_p=grpo.min_p or 0.0,
-            max_tokens=grpo.max_completion_length,
-            stop=tuple(rollout.stop),
-            stop_token_ids=tuple(rollout.stop_token_ids),
-            seed=group_seed(self.seed, name),
-        )
+        params = sampling(self.grpo, self.rollout, seed=group_seed(self.seed, name))
         self.pool.submit(Request(f"{CHANNEL}/{name}", prompt.token_ids, params))
 
     def _receive(self, timeout_s: float) -> None:
         groups = []
         for completions in self.pool.poll(CHANNEL, timeout_s):
             name = int(completions[0].request_id.partition("/")[2])
-            trajectories = [self._trajectory(completion) for completion in completions]
+            trajectories = [trajectory(completion, self.decode) for completion in completions]
             groups.append(Group(name, self.pending.pop(name), trajectories))
         if not groups:
             return
@@ -158,16 +147,6 @@ class GroupSource:
             else:
                 self.ready[group.id] = group
 
-    def _trajectory(self, completion: Completion) -> Trajectory:
-        return Trajectory(
-            token_ids=completion.token_ids,
-            logprobs=completion.logprobs,
-            routing=completion.routing,
-            versions=completion.versions,
-            finish_reason=completion.finish_reason,
-            text=self.decode(completion.token_ids.tolist()),
-        )
-
     def _drop_stale(self, version: int) -> None:
         limit = self.grpo.max_staleness
         for groups in (self.ready, self.spare):
@@ -177,7 +156,34 @@ class GroupSource:
             self._stats.dropped_stale += len(stale)
 
 
-def group_seed(seed: int, group_id: int) -> int:
+def sampling(grpo: Grpo, rollout: Rollout, *, seed: int) -> SamplingParams:
+    """How a group's answers are drawn."""
+    return SamplingParams(
+        n=grpo.num_generations,
+        temperature=grpo.temperature,
+        top_p=grpo.top_p,
+        top_k=grpo.top_k,
+        min_p=grpo.min_p or 0.0,
+        max_tokens=grpo.max_completion_length,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        seed=seed,
+    )
+
+
+def trajectory(completion: Completion, decode: Callable[[list[int]], str]) -> Trajectory:
+    """An answer that no one has scored yet."""
+    return Trajectory(
+        token_ids=completion.token_ids,
+        logprobs=completion.logprobs,
+        routing=completion.routing,
+        versions=completion.versions,
+        finish_reason=completion.finish_reason,
+        text=decode(completion.token_ids.tolist()),
+    )
+
+
+def group_seed(seed: int, group_id: int | str) -> int:
     """A seed in 0 .. 2**63-1 that depends on the run's seed and the group alone."""
     digest = hashlib.sha256(f"{seed}/{group_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

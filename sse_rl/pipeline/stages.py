@@ -21,8 +21,9 @@ from sse_rl.data.prompts import drop_long, refuse_long, render
 from sse_rl.data.stream import PromptStream
 from sse_rl.data.tokenizer import load_tokenizer
 from sse_rl.errors import Interrupted, UserError
-from sse_rl.pipeline import cluster
+from sse_rl.pipeline import cluster, difficulty
 from sse_rl.pipeline.benchmarks import RunBenchmark, answer_tokens, run_benchmarks
+from sse_rl.pipeline.best import BEST
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder
 from sse_rl.pipeline.controller import Controller, publish
 from sse_rl.pipeline.evaluate import (
@@ -121,6 +122,8 @@ class Job:
         from sse_rl.pipeline.initial import context_length
 
         check_components(recipe.rewards.components)
+        if recipe.grpo is not None:
+            difficulty.check(recipe.grpo.difficulty)
         tokenizer = load_tokenizer(recipe.data)
         train, test = load_splits(recipe.data)
         context = context_length(recipe, len(tokenizer))
@@ -203,11 +206,15 @@ class Job:
         pool = self._spawn_pool(base, recipe.rollout.num_workers)
         if self.dropped:
             self.console.say(f"{self.dropped} prompts exceed data.max_prompt_length: left out")
+        scorer = self._spawn_scorer()
+        if grpo.difficulty is not None and not start:
+            publish(learner, pool, version=0, timeout_s=timeout_s)
+        prompts = self._worth_asking(grpo, pool, scorer, may_ask=not start)
         source = GroupSource(
-            stream=PromptStream(self.prompts, recipe.seed),
+            stream=PromptStream(prompts, recipe.seed),
             pool=pool,
-            scorer=self._spawn_scorer(),
-            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            scorer=scorer,
+            decode=self._decode,
             grpo=grpo,
             rollout=recipe.rollout,
             seed=recipe.seed,
@@ -231,6 +238,31 @@ class Job:
             controller.load(start)
         publish(learner, pool, version=start, timeout_s=timeout_s)
         controller.train(start)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _worth_asking(
+        self, grpo: Grpo, pool: RolloutPool, scorer: Scorer, *, may_ask: bool
+    ) -> list[Prompt]:
+        """The training prompts that `grpo.difficulty` leaves."""
+        if grpo.difficulty is None:
+            return self.prompts
+        measurement = difficulty.Measurement(
+            pool,
+            scorer,
+            self._decode,
+            grpo,
+            self.recipe.rollout,
+            self.recipe.seed,
+            self.interrupted,
+            lambda progress: self.console.stage("difficulty", progress),
+        )
+        path = self.run_dir / difficulty.FILE
+        kept = measurement.worth_asking(self.prompts, grpo.difficulty, path, may_ask=may_ask)
+        rates = difficulty.told(difficulty.read_rates(path))
+        self.console.say(f"difficulty {rates}; {len(kept)} prompts are trained on")
+        return kept
 
     def _evaluations(self, base: Path, pool: RolloutPool) -> BetweenSteps | Beside:
         options = self.recipe.eval
@@ -307,8 +339,9 @@ class Job:
         from sse_rl.pipeline.evaluate import load_policy
 
         steps = saved_steps(self.run_dir)
+        best = self.run_dir / BEST / "model"
         folder = step_folder(self.run_dir, steps[-1]) / "model" if steps else base
-        model = load_policy(folder)
+        model = load_policy(best if self.recipe.checkpoint.best and best.exists() else folder)
         export_model(model, self.tokenizer, self.run_dir / EXPORT)
 
     def _spawn_learner(self, base: Path, grpo: Grpo) -> Any:

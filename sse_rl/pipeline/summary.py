@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sse_rl.pipeline.collapse import collapse
+from sse_rl.pipeline.difficulty import FILE as DIFFICULTY
+from sse_rl.pipeline.difficulty import pass_rates, read_rates
 from sse_rl.pipeline.folder import EVAL, EXPORT, SUMMARY, read_summary, write_whole
 from sse_rl.recipe import Recipe
 from sse_rl.report.html import write_report
@@ -32,8 +35,10 @@ def summarize(
         "status": status,
         "error": None if error is None else f"{type(error).__name__}: {error}",
         "steps": rows[-1]["step"] if rows else 0,
+        "stopped_early": stopped_early(rows, recipe),
         "wall_s": round(read_summary(run_dir).get("wall_s", 0.0) + seconds, 1),
         "settings": settings(recipe),
+        "difficulty": difficulty(run_dir),
         "eval": evaluations(run_dir, recipe),
         "training": training(rows),
         "throughput": throughput(rows),
@@ -66,7 +71,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def evaluations(run_dir: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """benchmark -> {base, tuned, gain, base_greedy, tuned_greedy, ...} of what was evaluated before
     the first step and after the last."""
+    rows = read_rows(run_dir / METRICS)
     last = recipe.grpo.max_steps if recipe.grpo else 0
+    if stopped_early(rows, recipe):
+        last = rows[-1]["step"]
     found: dict[str, dict[str, Any]] = {}
     for path in sorted((run_dir / EVAL).glob("*/summary.json")):
         name, _, step = path.parent.name.rpartition("-")
@@ -85,6 +93,19 @@ def evaluations(run_dir: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
         if None not in (entry.get("base"), entry.get("tuned")):
             entry["gain"] = entry["tuned"] - entry["base"]
     return found
+
+
+def stopped_early(rows: list[dict[str, Any]], recipe: Recipe) -> str | None:
+    """Why training ended before `max_steps`, if it did."""
+    if recipe.grpo is None or (rows and rows[-1]["step"] == recipe.grpo.max_steps):
+        return None
+    return collapse(rows, recipe.grpo.early_stop)
+
+
+def difficulty(run_dir: Path) -> dict[str, float] | None:
+    """Pass rates of the training prompts before GRPO, if they were measured."""
+    rates = read_rates(run_dir / DIFFICULTY)
+    return {"prompts": len(rates)} | pass_rates(rates) if rates else None
 
 
 def training(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -162,3 +162,24 @@ def test_a_reward_that_raises_ends_the_run_with_its_name(tmp_path):
     assert process.returncode == 2
     assert "sse_test_rewards:explodes raised ZeroDivisionError" in output
     assert "Traceback" not in output
+
+
+def test_a_run_that_collapses_stops_and_exports_its_best(tmp_path):
+    options = (
+        "grpo.difficulty={num_samples: 2, min_pass_rate: 0, max_pass_rate: 1, limit: 12}",
+        "grpo.early_stop={window: 2, min_entropy: 100}",
+        "checkpoint.best=true",
+        "export.enabled=true",
+    )
+    output = finish(start(tmp_path, *(word for text in options for word in ("--set", text))))
+    run = tmp_path / "tiny"
+    assert "stopped after step 2" in output and "difficulty of 12 prompts" in output
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 2
+    assert "grpo.early_stop.min_entropy" in summary["stopped_early"]
+    assert summary["difficulty"]["prompts"] == 12
+    assert summary["eval"]["heldout"].keys() >= {"base", "tuned", "gain"}
+    best = json.loads((run / "best" / "score.json").read_text())
+    assert best["metric"] == "eval/heldout" and best["step"] in (0, 2)
+    same = (run / "best" / "model" / "model.safetensors").read_bytes()
+    assert (run / "export" / "model.safetensors").read_bytes() == same
