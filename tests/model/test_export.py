@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +17,16 @@ from sse_rl.export import export_model, remote_code
 from sse_rl.model import SSEForCausalLM
 
 LOAD = """
-import importlib.util, sys
-folders, ours = sys.argv[1:3], sys.argv[3:]
-sys.path = [p for p in sys.path if p not in ours]
+import importlib.util, os, sys
+ours = "sse_rl", "sse_kernels"
+sys.path = [p for p in sys.path if not any(os.path.isdir(os.path.join(p, name)) for name in ours)]
 sys.modules["triton"] = None
-for package in ("sse_rl", "sse_kernels"):
+for package in ours:
     assert importlib.util.find_spec(package) is None, package
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-for folder in folders:
+for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     ids = tokenizer("abca", return_tensors="pt")["input_ids"]
@@ -53,11 +52,9 @@ def test_plain_transformers_loads_an_export(tiny_config, tokenizer, tmp_path):
         config = tiny_config(linear_attn_type=kind, eos_token_id=None, bos_token_id=None)
         model = SSEForCausalLM(config).eval()
         exported[export_model(model, tokenizer, tmp_path / kind)] = model
-    root = Path(__file__).parents[2]
-    ours = [str(root), *(str(root / name) for name in ("kernels", "rewards", "eval"))]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", LOAD, *map(str, exported), *ours]
+    command = [sys.executable, "-c", LOAD, *map(str, exported)]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     for folder, model in exported.items():
         result = torch.load(folder / "result.pt")
