@@ -1,4 +1,4 @@
-"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, output norm, convolution.
+"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, output norm, convolution, LM head.
 
 Knows nothing of models. Needs torch alone.
 """
@@ -13,6 +13,7 @@ from .gla.chunk import chunk_sse_gla
 from .gla.naive import naive_sse_gla
 from .gla.op import sse_gla, sse_gla_step
 from .gla.recurrent import recurrent_sse_gla, recurrent_sse_gla_step
+from .head.op import linear_logits, linear_logprob
 from .norm import gated_rms_norm
 from .routing import Routing, route
 
@@ -27,6 +28,8 @@ __all__ = [
     "gdn_beta",
     "gdn_log_decay",
     "gla_log_decay",
+    "linear_logits",
+    "linear_logprob",
     "naive_sse_gdn",
     "naive_sse_gla",
     "recurrent_sse_gdn",

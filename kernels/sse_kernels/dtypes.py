@@ -8,4 +8,9 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """fp64 stays fp64, so that gradients can be checked; everything else computes in fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return total_dtype(x.dtype)
+
+
+def total_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
