@@ -30,9 +30,9 @@ class Row(NamedTuple):
     unit: str
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median GPU time of a call, with a cold L2."""
-    return float(do_bench(call, warmup=50, rep=200, return_mode="median"))  # pyright: ignore
+def milliseconds(call: Callable[[], object], *, rep: int = 200) -> float:
+    """Median GPU time of a call in about `rep` ms, with a cold L2."""
+    return float(do_bench(call, warmup=50, rep=rep, return_mode="median"))  # pyright: ignore
 
 
 def graph_milliseconds(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, output norm, convolution, LM head.
+"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, norm, convolution, LM head.
 
 Knows nothing of models. Needs torch alone.
 """

@@ -50,7 +50,15 @@ def test_large_logits_cost_no_digits():
     assert float((entropy - exact.entropy()).abs().max()) < 3e-4
 
 
-@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "bfloat16"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+    ],
+)
 def test_inputs_of_any_dtype_give_fp32_log_probs_and_gradients_of_their_own(dtypes):
     hidden, weight, targets = problem()
     rounded = [
@@ -119,7 +127,10 @@ def test_it_compiles_without_breaking_the_graph():
     [
         ({"hidden": torch.zeros(2, 3, 4)}, r"hidden must be shape \[T, d\], got \[2, 3, 4\]"),
         ({"weight": torch.zeros(5, 3)}, r"weight must be shape \[V, d\] with d = 4, got \[5, 3\]"),
-        ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets must be \[T\] = \[2\], got \[3\]"),
+        (
+            {"targets": torch.zeros(3, dtype=torch.long)},
+            r"targets must be \[T\] = \[2\], got \[3\]",
+        ),
         ({"targets": torch.tensor([0, 5])}, r"targets must be in 0..4, got 0..5"),
         ({"targets": torch.tensor([-100, 1])}, r"targets must be in 0..4, got -100..1"),
         ({"targets": torch.zeros(2)}, "targets must have an integer dtype, got torch.float32"),
