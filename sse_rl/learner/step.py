@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sse_rl.learner.correction import correction_weights
-from sse_rl.learner.logprobs import token_logprobs
 from sse_rl.learner.losses import Tokens, policy_loss
 from sse_rl.learner.metrics import Tally, trajectory_metrics
 from sse_rl.learner.optimizer import Optimizer, Update
@@ -206,13 +205,8 @@ class Learner:
     def _logprobs(
         self, model: SSEForCausalLM, out: PackedOutput, row: _Row
     ) -> tuple[Tensor, Tensor]:
-        return token_logprobs(
-            model.logits,
-            out.hidden.index_select(0, row.predicting),
-            row.targets,
-            vocab_size=model.config.vocab_size,
-            temperature=self.grpo.temperature,
-        )
+        hidden = out.hidden.index_select(0, row.predicting)
+        return model.logprobs(hidden, row.targets, temperature=self.grpo.temperature)
 
 
 class _Valued(torch.autograd.Function):

@@ -25,6 +25,9 @@ class SSEConfig(PretrainedConfig):
     (Qwen3's RMSNorm of each head's query and key; not in the reference). Keys of the reference
     that choose one of its implementations are accepted and kept, without effect.
 
+    Logits are fp32 in any case. With `fp32_head` the head's weight stays fp32 too, and multiplies
+    as such, in a model that is otherwise bf16 (MiniMax-M1, arXiv 2506.13585, section 3.2).
+
     Raises:
         ValueError: an impossible combination; the message names the key.
     """
@@ -58,6 +61,7 @@ class SSEConfig(PretrainedConfig):
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    fp32_head: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -149,6 +153,10 @@ class SSEConfig(PretrainedConfig):
         _require(
             self.hidden_act in ("swish", "silu"),
             f"hidden_act = {self.hidden_act!r}: only 'swish' ('silu')",
+        )
+        _require(
+            not (self.fp32_head and self.tie_word_embeddings),
+            "fp32_head: needs tie_word_embeddings = false, embeddings are not kept in fp32",
         )
         if self.attn is not None:
             self._check_attn(self.attn)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sse_kernels import linear_logits, linear_logprob
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -241,6 +242,9 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SSEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.fp32_head:
+            self._keep_in_fp32_modules_strict = {"lm_head"}
+        self._head_dtype = torch.float32 if config.fp32_head else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -260,8 +264,17 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
         return self.model.packed(input_ids, seqs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] after the final norm -> fp32 logits [..., V]."""
-        return self.lm_head(hidden).float()
+        """[..., d] after the final norm -> fp32 logits [..., V], never rounded to less."""
+        return linear_logits(hidden, self.lm_head.weight, dtype=self._head_dtype)
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """log softmax(logits / temperature) of [T, d] at targets [T], and the entropy; [T] each,
+        from blocks of logits: the [T, V] never exist."""
+        return linear_logprob(
+            hidden, self.lm_head.weight, targets, temperature=temperature, dtype=self._head_dtype
+        )
 
     @can_return_tuple
     def forward(

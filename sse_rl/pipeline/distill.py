@@ -92,8 +92,8 @@ def perplexity(
         tokens, seqs = _to_device(rows, model.device)
         at, following = _predicted(tokens, seqs)
         with _autocast(model.device, bf16):
-            logits = model.logits(model.packed(tokens, seqs).hidden[at])
-        total += float(F.cross_entropy(logits, following, reduction="sum"))
+            logprobs, _ = model.logprobs(model.packed(tokens, seqs).hidden[at], following)
+        total -= float(logprobs.sum())
         count += len(following)
     return math.exp(total / count)
 
@@ -228,6 +228,9 @@ class _Distillation:
         """Means over M tokens of the divergence, times temperature squared as Hinton et al. (arXiv
         1503.02531) do, and of the cross-entropy; the [M, V] logits are made in chunks, and again in
         the backward pass."""
+        if self.options.kl_coef == 0:
+            logprobs, _ = self.student.logprobs(hidden, following)
+            return torch.zeros_like(logprobs[0]), -logprobs.mean()
         sums = hidden.new_zeros(2, dtype=torch.float32)
         rows = max(1, MAX_LOGITS // self.student.config.vocab_size)
         chunks = zip(hidden.split(rows), wanted.split(rows), following.split(rows), strict=True)
@@ -238,8 +241,6 @@ class _Distillation:
     def _chunk(self, hidden: Tensor, wanted: Tensor, following: Tensor) -> Tensor:
         logits = self.student.logits(hidden)
         ce = F.cross_entropy(logits, following, reduction="sum")
-        if self.options.kl_coef == 0:
-            return torch.stack((torch.zeros_like(ce), ce))
         t = self.options.temperature
         with torch.no_grad():
             theirs = F.log_softmax(self.teacher.logits(wanted) / t, -1)

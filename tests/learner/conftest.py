@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from sse_rl.learner.logprobs import token_logprobs
 from sse_rl.model import SSEConfig, SSEForCausalLM
 from sse_rl.model.cache import packed_inputs
 from sse_rl.recipe import Grpo
@@ -92,13 +91,8 @@ def _answer(model: SSEForCausalLM, prompt: tuple[int, ...], rng: np.random.Gener
     ids = rng.integers(3, 29, rng.integers(1, 13))
     fed = torch.tensor([*prompt, *ids[:-1]])
     out = model.packed(fed, packed_inputs([len(fed)]))
-    logprobs, _ = token_logprobs(
-        model.logits,
-        out.hidden[len(prompt) - 1 :],
-        torch.from_numpy(ids),
-        vocab_size=29,
-        temperature=TEMPERATURE,
-    )
+    hidden = out.hidden[len(prompt) - 1 :]
+    logprobs, _ = model.logprobs(hidden, torch.from_numpy(ids), temperature=TEMPERATURE)
     return Trajectory(
         token_ids=ids.astype(np.int32),
         logprobs=logprobs.numpy(),

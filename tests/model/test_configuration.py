@@ -90,6 +90,25 @@ def test_tied_embeddings_stay_tied_through_a_folder(tiny_config, tmp_path):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
+def test_an_fp32_head_keeps_its_weight_and_multiplies_it_in_fp32(tiny_config, tmp_path):
+    SSEForCausalLM(tiny_config(fp32_head=True)).save_pretrained(tmp_path)
+    loaded = SSEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.float32
+    assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    hidden = torch.randn(3, loaded.config.hidden_size).bfloat16()
+    exact = hidden.double() @ loaded.lm_head.weight.double().T
+    torch.testing.assert_close(loaded.logits(hidden).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bf16_model_has_logits_of_fp32(tiny_config):
+    model = SSEForCausalLM(tiny_config(tie_word_embeddings=True)).bfloat16()
+    hidden, targets = torch.randn(3, model.config.hidden_size).bfloat16(), torch.arange(3)
+    exact = hidden.double() @ model.lm_head.weight.double().T
+    torch.testing.assert_close(model.logits(hidden).double(), exact, rtol=1e-5, atol=1e-6)
+    logprobs = exact.log_softmax(-1).diagonal()
+    torch.testing.assert_close(model.logprobs(hidden, targets)[0].double(), logprobs)
+
+
 def test_keys_of_the_reference_are_accepted_and_kept():
     config = SSEConfig(attn_mode="chunk", fuse_norm=True, sse_implementation="varlen")
     assert config.to_dict()["attn_mode"] == "chunk" and config.fuse_norm
@@ -116,6 +135,7 @@ def test_decays_start_in_the_range_of_mamba(tiny_config):
         ({"gate_after_norm": True}, "gate_after_norm"),
         ({"use_q_softmax": True}, "use_q_softmax"),
         ({"hidden_act": "relu"}, "hidden_act"),
+        ({"fp32_head": True, "tie_word_embeddings": True}, "fp32_head"),
         ({"attn": {"num_heads": 8}}, "attn.layers"),
         ({"attn": {"layers": [1]}}, "attn.num_heads"),
         ({"attn": {"layers": [24], "num_heads": 8}}, "attn.layers"),

@@ -11,7 +11,12 @@ from .walk import Operands, head_backward, head_forward, multiply
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden weight^T / temperature) at `targets`, and the softmax's entropy in nats.
 
@@ -19,9 +24,9 @@ def linear_logprob(
     (fp64 if an input is). Both carry gradients to hidden and weight. A block of logits is alive at
     a time, and is made again in the backward pass.
 
-    Logits, sums and softmax are fp32. On CUDA two bf16 inputs, or any under bf16 autocast, multiply
-    in bf16, and so do the gradient of the logits, rounded once, and hidden and weight; in all other
-    cases fp32 numbers multiply.
+    Logits, softmax and all sums are fp32. What is multiplied, hidden, weight and the gradient of
+    the logits, has `dtype`; None: bf16 on CUDA for two bf16 inputs or under bf16 autocast, in all
+    other cases fp32.
 
     Raises ValueError or TypeError naming the argument; a target outside 0..V-1 is an error on CPU
     and gives NaN on CUDA.
@@ -40,18 +45,18 @@ def linear_logprob(
         inside = low >= 0 and high < len(weight)
         expect(inside, op, "targets", f"in 0..{len(weight) - 1}", f"{low}..{high}")
     logprobs, entropy, _ = _head(
-        hidden, weight, targets.long(), float(temperature), _operand_dtype(hidden, weight)
+        hidden, weight, targets.long(), float(temperature), _operand_dtype(hidden, weight, dtype)
     )
     return logprobs, entropy
 
 
-def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def linear_logits(hidden: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """hidden [..., d] weight^T -> [..., V] in fp32 (fp64 if an input is), never rounded to bf16.
 
-    The logits of which `linear_logprob` gives the log-probabilities; multiplies as it does.
+    The logits of which `linear_logprob` gives the log-probabilities; `dtype` as there.
     """
     _expect_matrices("linear_logits", hidden, weight)
-    dtype = _operand_dtype(hidden, weight)
+    dtype = _operand_dtype(hidden, weight, dtype)
     if dtype == torch.bfloat16:
         rows = hidden.reshape(-1, hidden.shape[-1])
         return _logits(rows, weight).reshape(*hidden.shape[:-1], len(weight))
@@ -69,12 +74,13 @@ def _expect_matrices(op: str, hidden: Tensor, weight: Tensor) -> None:
     expect(weight.device == hidden.device, op, "weight", f"on {hidden.device}", weight.device)
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the products' operands are rounded to."""
+def _operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """fp64 and, on CUDA, bf16 are multiplied as such; everything else as fp32."""
     device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if device == "cuda" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if dtype is None:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        if device == "cuda" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float64 or (dtype == torch.bfloat16 and device == "cuda"):
         return dtype
     return torch.float32
