@@ -93,6 +93,46 @@ def first_calls() -> str:
     return _table(["nothing compiled, a process each", "s"], lines) + _note(result)
 
 
+def head_times() -> str:
+    """Time and memory of the language-model head, beside its four products in the same run."""
+    result = _result("head")
+    cells = _by_shape_and_form(result)
+    floors: dict[str, float] = {}
+    for (shape, _), line in cells.items():
+        if "four products" in line:
+            floors[shape] = min(line["four products"], floors.get(shape, line["four products"]))
+    lines = []
+    for (shape, form), line in cells.items():
+        if "peak memory" in line:
+            both, floor = line["forward+backward"], floors[shape]
+            times = [_three(x) for x in (line["forward"], both, floor)]
+            more = [f"{both / floor:.2f}", f"{line['peak memory']:.2f}"]
+            lines.append([f"{form}, {shape}", *times, *more])
+    head = ["bf16", "forward, ms", "forward+backward", "four products", "ratio", "memory, GB"]
+    return _table(head, lines) + _note(result)
+
+
+def head_errors() -> str:
+    """The head's errors against fp64, a line a form."""
+    kinds = ["log-prob, max", "log-prob, mean", "entropy, max"]
+    kinds += ["hidden's gradient", "weight's gradient"]
+    lines, shape = [], ""
+    for (at, form), line in _by_shape_and_form(_result("head")).items():
+        if f"error of {kinds[0]}" in line:
+            found = [line.get(f"error of {kind}") for kind in kinds]
+            lines.append([form, *("" if x is None else f"{x:.1e}" for x in found)])
+            shape = at
+    return _table([f"error against fp64, {shape}", *kinds], lines)
+
+
+def _by_shape_and_form(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """What each form measured, by case."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["shape"], row["form"]), {})[row["case"]] = row["value"]
+    return cells
+
+
 def _result(name: str) -> dict[str, Any]:
     (path,) = RESULTS.glob(f"{name}-nvidia*.json")
     return json.loads(path.read_text())
@@ -132,4 +172,6 @@ TABLES = {
     "kernel_errors": errors,
     "kernel_properties": properties,
     "kernel_first_calls": first_calls,
+    "head_times": head_times,
+    "head_errors": head_errors,
 }

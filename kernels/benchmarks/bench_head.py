@@ -61,12 +61,14 @@ class Problem:
         self.targets = torch.cat(drawn)[:, 0]
 
     def forward(self, form: Form) -> tuple[Tensor, ...]:
+        hidden, weight = self.leaves
         with torch.no_grad():
-            return form(*self.leaves, self.targets)
+            return form(hidden, weight, self.targets)
 
     def both(self, form: Form) -> list[Tensor]:
         """Results, and the gradients of hidden and weight."""
-        out = form(*self.leaves, self.targets)
+        hidden, weight = self.leaves
+        out = form(hidden, weight, self.targets)
         gradients = torch.autograd.grad(out[0], self.leaves, self.dlogprobs.to(out[0].dtype))
         return [*(x.detach() for x in out), *gradients]
 

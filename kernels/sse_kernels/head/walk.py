@@ -6,7 +6,7 @@ Blocks are sized by the device alone, never by T.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def head_backward(
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b, with sums of out's dtype; on CPU all dtypes are one."""
-    mixed = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    mixed: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if add:
         return torch.addmm(out, a, b, out=out, **mixed)
     return torch.mm(a, b, out=out, **mixed)
