@@ -14,10 +14,14 @@ from .gla.naive import naive_sse_gla
 from .gla.op import sse_gla, sse_gla_step
 from .gla.recurrent import recurrent_sse_gla, recurrent_sse_gla_step
 from .head.op import linear_logits, linear_logprob
+from .layer_inputs import InputWeights, LayerInputs
+from .layer_step import sse_gdn_layer_step, sse_gla_layer_step
 from .norm import gated_rms_norm
 from .routing import Routing, route
 
 __all__ = [
+    "InputWeights",
+    "LayerInputs",
     "Routing",
     "causal_conv",
     "causal_conv_step",
@@ -38,7 +42,9 @@ __all__ = [
     "recurrent_sse_gla_step",
     "route",
     "sse_gdn",
+    "sse_gdn_layer_step",
     "sse_gdn_step",
     "sse_gla",
+    "sse_gla_layer_step",
     "sse_gla_step",
 ]

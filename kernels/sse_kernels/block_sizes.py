@@ -42,6 +42,7 @@ _SAFE = {
     "gla_dqk": {1: Blocks(64, 64, 2, 1), 64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 8, 1)},
     "gla_step": {1: Blocks(0, 16, 4, 1)},
     "gdn_step": {1: Blocks(0, 16, 4, 1)},
+    "layer_step": {1: Blocks(0, 32, 4, 1)},
 }
 # fmt: on
 """Kernel -> head width from which the entry holds -> launch parameters.

@@ -85,9 +85,13 @@ def expect_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int, device: torch.de
 
 
 def expect_streams(
-    op: str, q: dict[str, Tensor], v: Tensor, per_head: dict[str, Tensor], routing: Routing
+    op: str,
+    q: dict[str, Tensor],
+    v: Tensor,
+    per_head: dict[str, Tensor],
+    routing: Routing | None = None,
 ) -> None:
-    """Raise unless the token tensors of both streams and the routing fit together.
+    """Raise unless the token tensors of both streams and the routing, if any, fit together.
 
     q: tensors [T, H, Dk], the first of which sets T, H and Dk; per_head: tensors [T, Hv].
     """
@@ -112,7 +116,8 @@ def expect_streams(
     )
     for name, x in per_head.items():
         expect_tensor(op, name, x, "[T, Hv]", (tokens, value_heads), first.device)
-    _expect_routing(op, routing, tokens, first.device)
+    if routing is not None:
+        _expect_routing(op, routing, tokens, first.device)
 
 
 def expect_initial_state(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from sse_kernels import (
+    LayerInputs,
     Routing,
     causal_conv,
     causal_conv_step,
@@ -19,29 +16,17 @@ from sse_kernels import (
     gla_log_decay,
     route,
     sse_gdn,
-    sse_gdn_step,
+    sse_gdn_layer_step,
     sse_gla,
-    sse_gla_step,
+    sse_gla_layer_step,
 )
 from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
+from sse_rl.model.projections import can_fuse, fused_inputs
 
 _DECAY_RANK = 16
-
-
-class Streams(NamedTuple):
-    """Queries, keys and values before their activations."""
-
-    q1: Tensor
-    """[T, H, Dk], as k1: the shared stream."""
-    k1: Tensor
-    q2: Tensor
-    """[T, H, Dk], as k2: the sparse stream."""
-    k2: Tensor
-    v: Tensor
-    """[T, Hv, Dv]"""
 
 
 class SSEMixer(nn.Module):
@@ -90,32 +75,32 @@ class SSEMixer(nn.Module):
 
         `replay` [T, K] fixes the partitions; their weights still come from the live router.
         """
-        routing = self._route(x, replay)
+        inputs = self._inputs(x, seqs)
+        run = self._step if seqs.is_step else self._sequences
+        o, routing = run(inputs, seqs, replay)
+        return self.o_proj(o.flatten(-2)), routing
+
+    def _inputs(self, x: Tensor, seqs: PackedInputs) -> LayerInputs:
+        if seqs.is_step and can_fuse(x):
+            return fused_inputs(self, x, seqs)
         q1, k1 = self.q_proj(x), self.k_proj(x)
         q2, k2 = q1 + self.lora_q_proj(x), k1 + self.lora_k_proj(x)
         if self.config.use_short_conv:
             q1 = self._convolve(q1, self.q_conv1d_shared.weight, seqs, 0)
             k1 = self._convolve(k1, self.k_conv1d_shared.weight, seqs, 1)
-        widths = (self.config.head_dim,) * 4 + (self.config.value_dim,)
-        streams = Streams(
-            *(
-                stream.unflatten(-1, (-1, width))
-                for stream, width in zip((q1, k1, q2, k2, self.v_proj(x)), widths, strict=True)
-            )
-        )
-        recur = self._gla if self.config.linear_attn_type == "gla" else self._gdn
-        o = recur(x, streams, routing, seqs)
-        gate = None
-        if self.config.use_output_gate:
-            gate = self.g_proj(x).unflatten(-1, (-1, self.config.value_dim))
-        o = gated_rms_norm(o, self.o_norm.weight, gate, eps=self.config.norm_eps)
-        return self.o_proj(o.flatten(-2)), routing
-
-    def _route(self, x: Tensor, replay: Tensor | None) -> Routing:
+        q1, k1, q2, k2 = (y.unflatten(-1, (self.config.num_heads, -1)) for y in (q1, k1, q2, k2))
+        values = (self.config.value_heads, self.config.value_dim)
+        if self.config.linear_attn_type == "gla":
+            gk1, gk2 = (low_rank(x).view(q1.shape) for low_rank in self.gk_proj)
+            decays = gk1, gk2
+        else:
+            decays = self.a_proj(x), self.b_proj(x)
+        gate = self.g_proj(x).unflatten(-1, values) if self.config.use_output_gate else None
         # fp32 also under autocast: with bf16 logits one token in 500 ties.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.e_proj.weight.float())
-        return route(logits, self.config.num_writer, ids=replay)
+        v = self.v_proj(x).unflatten(-1, values)
+        return LayerInputs(q1, k1, q2, k2, v, decays, gate, logits)
 
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
         if seqs.cache is None:
@@ -131,46 +116,65 @@ class SSEMixer(nn.Module):
         window[seqs.slots] = final.to(window.dtype)
         return y
 
-    def _gla(self, x: Tensor, streams: Streams, routing: Routing, seqs: PackedInputs) -> Tensor:
-        q1, k1, q2, k2, v = streams
-        g1, g2 = (gla_log_decay(low_rank(x).view(q1.shape)) for low_rank in self.gk_proj)
-        k1, k2 = (classify(k, self.config.row_topk) for k in (k1, k2))
-        inputs = (F.silu(q1), k1, F.silu(q2), k2, F.silu(v), g1, g2, routing)
-        return self._recur(partial(sse_gla, *inputs), partial(sse_gla_step, *inputs), seqs)
-
-    def _gdn(self, x: Tensor, streams: Streams, routing: Routing, seqs: PackedInputs) -> Tensor:
-        beta = gdn_beta(self.b_proj(x), allow_neg_eigval=self.config.allow_neg_eigval)
-        g = gdn_log_decay(self.a_proj(x), self.A_log, self.dt_bias)
-        (g1, g2), (beta1, beta2) = g.chunk(2, -1), beta.chunk(2, -1)
-        q1, k1, q2, k2, v = (F.silu(stream) for stream in streams)
-        inputs = (q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing)
-        after = self.config.gate_after_norm
-        return self._recur(
-            partial(sse_gdn, *inputs, gate_after_norm=after),
-            partial(sse_gdn_step, *inputs, gate_after_norm=after),
-            seqs,
+    def _step(
+        self, inputs: LayerInputs, seqs: PackedInputs, replay: Tensor | None
+    ) -> tuple[Tensor, Routing]:
+        """One token a sequence, in the cache's states: outputs [T, Hv, Dv] behind norm and gate."""
+        *streams, decays, gate, logits = inputs
+        config, cache = self.config, seqs.cache
+        assert cache is not None and seqs.slots is not None
+        common = {
+            "k": config.num_writer,
+            "ids": replay,
+            "norm_weight": self.o_norm.weight,
+            "gate": gate,
+            "eps": config.norm_eps,
+            "state": cache.state[self.index],
+            "slots": seqs.slots,
+        }
+        if config.linear_attn_type == "gla":
+            return sse_gla_layer_step(*streams, *decays, logits, row_topk=config.row_topk, **common)
+        return sse_gdn_layer_step(
+            *streams,
+            *decays,
+            logits,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            allow_neg_eigval=config.allow_neg_eigval,
+            gate_after_norm=config.gate_after_norm,
+            **common,
         )
 
-    def _recur(
-        self,
-        chunk: Callable[..., tuple[Tensor, Tensor | None]],
-        step: Callable[..., Tensor],
-        seqs: PackedInputs,
-    ) -> Tensor:
-        """Outputs [T, Hv, Dv] from the cache's states, if any, which are advanced."""
-        if seqs.cache is None:
-            return chunk(cu_seqlens=seqs.cu_seqlens)[0]
-        state = seqs.cache.state[self.index]
-        if seqs.is_step:
-            return step(state=state, slots=seqs.slots)
-        o, final = chunk(
-            cu_seqlens=seqs.cu_seqlens,
-            initial_state=state[seqs.slots].float(),
-            output_final_state=True,
-        )
-        assert final is not None
-        state[seqs.slots] = final.to(state.dtype)
-        return o
+    def _sequences(
+        self, inputs: LayerInputs, seqs: PackedInputs, replay: Tensor | None
+    ) -> tuple[Tensor, Routing]:
+        """Whole pieces of sequences; the cache's states, if any, are continued and advanced."""
+        q1, k1, q2, k2, v, decays, gate, logits = inputs
+        config, routing = self.config, route(logits, self.config.num_writer, ids=replay)
+        q1, q2, v = F.silu(q1), F.silu(q2), F.silu(v)
+        state = None if seqs.cache is None else seqs.cache.state[self.index]
+        common = {
+            "cu_seqlens": seqs.cu_seqlens,
+            "initial_state": None if state is None else state[seqs.slots].float(),
+            "output_final_state": state is not None,
+        }
+        if config.linear_attn_type == "gla":
+            k1, k2 = (classify(k, config.row_topk) for k in (k1, k2))
+            g1, g2 = (gla_log_decay(gk) for gk in decays)
+            o, final = sse_gla(q1, k1, q2, k2, v, g1, g2, routing, **common)
+        else:
+            a, b = decays
+            beta = gdn_beta(b, allow_neg_eigval=config.allow_neg_eigval)
+            g = gdn_log_decay(a, self.A_log, self.dt_bias)
+            (g1, g2), (beta1, beta2) = g.chunk(2, -1), beta.chunk(2, -1)
+            k1, k2 = F.silu(k1), F.silu(k2)
+            gates = g1, beta1, g2, beta2
+            after = config.gate_after_norm
+            o, final = sse_gdn(q1, k1, q2, k2, v, *gates, routing, gate_after_norm=after, **common)
+        if state is not None:
+            assert final is not None
+            state[seqs.slots] = final.to(state.dtype)
+        return gated_rms_norm(o, self.o_norm.weight, gate, eps=config.norm_eps), routing
 
 
 def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:

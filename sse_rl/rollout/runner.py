@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM
+from sse_rl.model.mixer import SSEMixer
+from sse_rl.model.projections import join_projections
 from sse_rl.rollout.scheduler import Piece
 from sse_rl.rollout.sequence import Job, Sequence
 
@@ -53,6 +55,10 @@ class Runner:
         self.model = model.eval()
         parameter = next(model.parameters())
         self.device = parameter.device
+        if self.device.type == "cuda":
+            for layer in model.model.layers:
+                if isinstance(layer.attn, SSEMixer):
+                    join_projections(layer.attn)
         self.cache = SlotCache(
             model.config,
             slots=slots,

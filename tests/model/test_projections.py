@@ -1,0 +1,74 @@
+"""The fused projections of a decode step are the layer's own, and follow its weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from sse_rl.model import PackedInputs, SlotCache
+from sse_rl.model.projections import fused_inputs, join_projections
+
+needs_interpreter = pytest.mark.skipif(
+    not importlib.util.find_spec("triton") or torch.cuda.is_available(),
+    reason="needs triton's interpreter",
+)
+BATCH = 18
+
+
+def one_step(model) -> PackedInputs:
+    cache = SlotCache(model.config, slots=20, pages=1, dtype=torch.float32, device="cpu")
+    for window in (x for pair in cache.conv for x in pair):
+        window.normal_()
+    return PackedInputs(
+        cu_seqlens=torch.arange(BATCH + 1),
+        positions=torch.zeros(BATCH, dtype=torch.int64),
+        max_seqlen=1,
+        cache=cache,
+        slots=torch.randperm(20)[:BATCH],
+    )
+
+
+def flat(inputs) -> list[Tensor]:
+    *streams, decays, gate, logits = inputs
+    return [*streams, *decays, *([] if gate is None else [gate]), logits]
+
+
+@needs_interpreter
+@torch.no_grad()
+def test_fused_inputs_are_those_of_the_layer(model):
+    mixer = model.model.layers[1].attn
+    for parameter in mixer.parameters():
+        parameter.normal_()  # biases start as zeros
+    x, start = torch.randn(BATCH, 32), one_step(model)
+    plain, *fused = (copy.deepcopy(start) for _ in range(3))
+    expected = flat(mixer._inputs(x, plain))
+    for join, seqs in zip((False, True), fused, strict=True):
+        if join:
+            join_projections(mixer)
+        found = flat(fused_inputs(mixer, x, seqs))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for mine, right in zip(seqs.cache.conv, plain.cache.conv, strict=True):
+            assert all(map(torch.equal, mine, right))
+
+
+@torch.no_grad()
+def test_joined_weights_are_the_parameters_themselves(model):
+    mixer, x = model.model.layers[0].attn, torch.randn(3, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    join_projections(mixer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    from sse_rl.model.projections import _joined, _reading
+
+    whole = _joined(_reading(mixer))
+    assert whole is not None
+    mixer.v_proj.weight.fill_(2.0)
+    keys = 2 * len(mixer.q_proj.weight)
+    torch.testing.assert_close(x @ whole[keys], 2 * x.sum(-1))
+    model.double()
+    assert _joined(_reading(mixer)) is None  # each was converted by itself
