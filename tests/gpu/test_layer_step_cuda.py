@@ -1,0 +1,111 @@
+"""The fused decode step on a GPU: against fp64 on the same rounded inputs, bits, graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sse_rl.model import PackedInputs, SlotCache, SSEConfig
+from sse_rl.model.mixer import SSEMixer
+from sse_rl.model.projections import join_projections
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "gla": {"linear_attn_type": "gla"},
+    "gla-wide": {"linear_attn_type": "gla", "num_v_heads": 8, "num_sparse_partition": 8,
+                 "num_writer": 3, "num_reader": 3, "row_topk": 32},
+    "gla-256": {"linear_attn_type": "gla", "head_dim": 256, "num_heads": 2},
+    "gdn": {"linear_attn_type": "gdn"},
+    "gdn-wide": {"linear_attn_type": "gdn", "num_v_heads": 8, "expand_v": 0.5, "num_writer": 2,
+                 "num_reader": 2, "gate_after_norm": True, "allow_neg_eigval": True,
+                 "use_output_gate": False, "use_short_conv": False},
+}  # fmt: skip
+
+
+def build(shape: str, dtype: torch.dtype, batch: int = 5) -> tuple[SSEMixer, Tensor, PackedInputs]:
+    torch.manual_seed(0)
+    common = {"hidden_size": 512, "head_dim": 128, "num_heads": 4, "use_short_conv": True,
+              "num_writer": 1, "num_reader": 1, "num_hidden_layers": 1}  # fmt: skip
+    config = SSEConfig(**common | SHAPES[shape])
+    mixer = SSEMixer(config, 0).cuda()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=1.0 if parameter.dim() == 1 else 0.05)
+        parameter.data = parameter.to(dtype)
+    cache = SlotCache(config, slots=9, pages=1, dtype=dtype, device="cuda")
+    for tensor in cache.slotted():
+        tensor.normal_()
+    slots = (torch.randperm(8)[:batch] + 1).cuda()
+    x = torch.randn(batch, 512, device="cuda", dtype=dtype)
+    steps = torch.arange(batch + 1, device="cuda")
+    return mixer, x, PackedInputs(steps, steps[:-1] * 0, 1, None, cache, slots)
+
+
+def twin(mixer: SSEMixer, seqs: PackedInputs) -> tuple[SSEMixer, PackedInputs]:
+    """The same numbers in fp64, which the torch forms compute."""
+    exact = SSEMixer(mixer.config, 0).cuda().double()
+    exact.load_state_dict({name: x.double() for name, x in mixer.state_dict().items()})
+    assert seqs.cache is not None
+    double = torch.float64
+    cache = SlotCache(
+        mixer.config, slots=9, pages=1, dtype=double, state_dtype=double, device="cuda"
+    )
+    for mine, theirs in zip(cache.slotted(), seqs.cache.slotted(), strict=True):
+        mine.copy_(theirs)
+    where = PackedInputs(seqs.cu_seqlens, seqs.positions, 1, None, cache, seqs.slots)
+    return exact, where
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    found = float((x.double() - exact).norm() / exact.norm())
+    print(f"error {found:.1e}")
+    return found
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.2e-2), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_the_layer_is_its_definition(shape, dtype, tolerance, joined):
+    mixer, x, seqs = build(shape, dtype)
+    exact, apart = twin(mixer, seqs)
+    if joined:
+        join_projections(mixer)
+    assert seqs.cache is not None and apart.cache is not None
+    for _ in range(3):
+        y, routing = mixer(x, seqs)
+        right, chosen = exact(x.double(), apart)
+        assert torch.equal(routing.ids.long(), chosen.ids)
+        torch.testing.assert_close(routing.probs.double(), chosen.probs, rtol=1e-4, atol=1e-5)
+        assert error(y, right) < tolerance
+    for mine, theirs in zip(seqs.cache.slotted(), apart.cache.slotted(), strict=True):
+        assert error(mine, theirs) < tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_captured_layer_follows_its_weights_and_repeats_its_bits(shape):
+    mixer, x, seqs = build(shape, torch.bfloat16)
+    join_projections(mixer)
+    assert seqs.cache is not None
+    before = [tensor.clone() for tensor in seqs.cache.slotted()]
+
+    def reset() -> None:
+        for tensor, start in zip(seqs.cache.slotted(), before, strict=True):  # pyright: ignore
+            tensor.copy_(start)
+
+    mixer(x, seqs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, routing = mixer(x, seqs)
+    for factor in (1.0, 0.5):
+        mixer.v_proj.weight.mul_(factor)
+        mixer.e_proj.weight.mul_(factor)
+        reset()
+        right, chosen = mixer(x, seqs)
+        after = [tensor.clone() for tensor in seqs.cache.slotted()]
+        reset()
+        graph.replay()
+        assert torch.equal(y, right) and torch.equal(routing.probs, chosen.probs)
+        assert all(map(torch.equal, seqs.cache.slotted(), after))
