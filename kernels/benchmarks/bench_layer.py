@@ -101,7 +101,7 @@ def unfused() -> Iterator[None]:
     """Within it, layers are separate modules around the recurrences' own steps."""
     with (
         mock.patch("sse_rl.model.mixer.can_fuse", return_value=False),
-        mock.patch("sse_kernels.layer_step._on_gpu", return_value=False),
+        mock.patch("sse_kernels.layer_step._launch", return_value=None),
     ):
         yield
 

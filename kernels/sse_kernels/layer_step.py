@@ -5,6 +5,8 @@ On CUDA one launch; elsewhere the composition of this package's functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,10 +58,8 @@ def sse_gla_layer_step(
     dk = q1.shape[2]
     if row_topk is not None:
         expect(1 <= row_topk <= dk, op, "row_topk", f"1 to Dk = {dk}", row_topk)
-    if _on_gpu(v, state):
-        from .triton_layer_step import triton_layer_step
-
-        return triton_layer_step(
+    if (launch := _launch(v, state)) is not None:
+        return launch(
             q1, k1, q2, k2, v, (gk1, gk2), None, logits, k=k, ids=ids, norm_weight=norm_weight,
             gate=gate, eps=eps, state=state, slots=slots, row_topk=row_topk,
         )  # fmt: skip
@@ -107,10 +107,8 @@ def sse_gdn_layer_step(
         expect_tensor(op, name, x, "[B, 2 Hv]", (batch, 2 * heads), v.device)
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
         expect_tensor(op, name, x, "[2 Hv]", (2 * heads,), v.device)
-    if _on_gpu(v, state):
-        from .triton_layer_step import triton_layer_step
-
-        return triton_layer_step(
+    if (launch := _launch(v, state)) is not None:
+        return launch(
             q1, k1, q2, k2, v, (a, b), (A_log, dt_bias), logits, k=k, ids=ids,
             norm_weight=norm_weight, gate=gate, eps=eps, state=state, slots=slots,
             allow_neg_eigval=allow_neg_eigval, gate_after_norm=gate_after_norm,
@@ -153,12 +151,12 @@ def _expect_layer(
     expect_slots(op, state, slots, (1 + n, *v.shape[1:], q1.shape[2]), v)
 
 
-def _on_gpu(v: Tensor, state: Tensor) -> bool:
-    """Whether the Triton kernel serves: not for fp64, and not where triton is missing."""
+def _launch(v: Tensor, state: Tensor) -> Callable[..., tuple[Tensor, Routing]] | None:
+    """The Triton form on a GPU, if triton is there and nothing is fp64."""
     if not v.is_cuda or torch.float64 in (v.dtype, state.dtype):
-        return False
+        return None
     try:
-        import triton  # noqa: F401
+        from .triton_layer_step import triton_layer_step
     except ImportError:
-        return False
-    return True
+        return None
+    return triton_layer_step
