@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 
 import triton
+from sse_kernels import triton_layer_inputs, triton_layer_step
 from sse_kernels.block_sizes import blocks_for
 from sse_kernels.delta import triton_step as delta_step
 from sse_kernels.delta.gate import NORM_EPS
@@ -36,9 +37,11 @@ KERNELS = {
     "gla_dqk": triton_backward.gla_dqk_kernel,
     "gla_step": triton_step.gla_step_kernel,
     "gdn_step": delta_step.gdn_step_kernel,
+    "layer_step": triton_layer_step.layer_step_kernel,
+    "layer_inputs": triton_layer_inputs.layer_inputs_kernel,
 }
 _INTEGERS = {"T", "B", "M", "S"}
-_ABSENT = {"initial_state", "final_state", "dfinal", "dinitial"}
+_ABSENT = {"initial_state", "final_state", "dfinal", "dinitial", "a_log", "dt_bias", "ROW_TOPK"}
 _FP32 = {"shared", "g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state"}
 _INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32", "ids": "*i64", "slots": "*i64"}
 
@@ -50,16 +53,24 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
         "BK": min(blocks.k, width), "BV": min(blocks.v, width), "SCALE": width**-0.5,
         "BACKWARD": True, "PRECISION": "tf32", "EPS": NORM_EPS, "GATE_LAST": False,
+        "DVP": width, "NP": 4, "BETA_SCALE": 1.0, "TEMPERATURE": 16, "UNIT_EPS": NORM_EPS,
+        "STAGES": blocks.stages, "D": 16 * width, "NB": 4, "DB": 512, "KEYS": 16 * width,
+        "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 16, "W": 4,
+        "BM": 16, "BN": blocks.k,
     }  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants or (argument in _ABSENT):
             signature[argument] = "constexpr"
             constexprs[(i,)] = constants.get(argument)
-        elif argument in _INTEGERS:
+        elif argument in _INTEGERS or argument.startswith("s_"):
             signature[argument] = "i32"
+            if argument.startswith("s_"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif argument == "eps":
+            signature[argument] = "fp32"
         else:
-            signature[argument] = _pointer(argument, name.endswith("_step"))
+            signature[argument] = _pointer(argument, name.endswith(("_step", "_inputs")))
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),

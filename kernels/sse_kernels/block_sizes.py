@@ -43,6 +43,7 @@ _SAFE = {
     "gla_step": {1: Blocks(0, 16, 4, 1)},
     "gdn_step": {1: Blocks(0, 16, 4, 1)},
     "layer_step": {1: Blocks(0, 32, 4, 1)},
+    "layer_inputs": {1: Blocks(64, 0, 4, 1)},
 }
 # fmt: on
 """Kernel -> head width from which the entry holds -> launch parameters.

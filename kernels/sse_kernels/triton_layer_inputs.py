@@ -3,6 +3,7 @@
 # Triton's annotations do not describe what its compiler accepts.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_sizes import block_sizes
 from .gla.triton_shapes import dot_precision
 from .layer_inputs import InputWeights, LayerInputs
 
-_ROWS, _COLUMNS, _CHANNELS = 16, 64, 512
+_ROWS = 16
+"""Tokens of a tile: the fewest that tensor cores take, whatever the batch."""
+_CHANNELS = 512
+"""Of x, that a program of the router reads at once."""
 
 
 def layer_inputs_step(
@@ -53,7 +58,8 @@ def layer_inputs_step(
     block_n = min(triton.next_power_of_2(partitions), 8)
     w1, b1, w2, b2 = weights.decays or (None,) * 4
     routed = batch * triton.cdiv(partitions, block_n)
-    tiles = sum(triton.cdiv(width, _COLUMNS) for width in widths) * triton.cdiv(batch, _ROWS)
+    blocks = block_sizes("layer_inputs", projected, keys // h)
+    tiles = sum(triton.cdiv(width, blocks.k) for width in widths) * triton.cdiv(batch, _ROWS)
     if batch:
         layer_inputs_kernel[(routed + tiles,)](
             x, weights.router, logits, projected, expanded,
@@ -65,7 +71,7 @@ def layer_inputs_step(
             KEYS=keys, VALUES=values, R=rank, RATES=rates, DR=decay_rank, W=conv_width,
             RP=max(triton.next_power_of_2(rank), 16),
             DRP=max(triton.next_power_of_2(decay_rank), 16),
-            BM=_ROWS, BN=_COLUMNS, PRECISION=dot_precision(projected), num_warps=4,
+            BM=_ROWS, BN=blocks.k, PRECISION=dot_precision(projected), num_warps=blocks.warps,
         )  # fmt: skip
     rows = iter(expanded.split(widths, -1))
     q, k, v, _ = projected.split([keys, keys, values, projected.shape[1] - 2 * keys - values], -1)

@@ -7,6 +7,7 @@ that the token touches, sums over them, and applies the output norm and gate.
 # Triton's annotations do not describe what its compiler accepts.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class SSEMixer(nn.Module):
         return self.o_proj(o.flatten(-2)), routing
 
     def _inputs(self, x: Tensor, seqs: PackedInputs) -> LayerInputs:
-        if seqs.is_step and can_fuse(x):
+        if seqs.is_step and can_fuse(self, x):
             return fused_inputs(self, x, seqs)
         q1, k1 = self.q_proj(x), self.k_proj(x)
         q2, k2 = q1 + self.lora_q_proj(x), k1 + self.lora_k_proj(x)
@@ -120,24 +120,26 @@ class SSEMixer(nn.Module):
         self, inputs: LayerInputs, seqs: PackedInputs, replay: Tensor | None
     ) -> tuple[Tensor, Routing]:
         """One token a sequence, in the cache's states: outputs [T, Hv, Dv] behind norm and gate."""
-        *streams, decays, gate, logits = inputs
+        streams, decays = inputs[:5], inputs.decays
         config, cache = self.config, seqs.cache
         assert cache is not None and seqs.slots is not None
         common = {
             "k": config.num_writer,
             "ids": replay,
             "norm_weight": self.o_norm.weight,
-            "gate": gate,
+            "gate": inputs.gate,
             "eps": config.norm_eps,
             "state": cache.state[self.index],
             "slots": seqs.slots,
         }
         if config.linear_attn_type == "gla":
-            return sse_gla_layer_step(*streams, *decays, logits, row_topk=config.row_topk, **common)
+            return sse_gla_layer_step(
+                *streams, *decays, inputs.logits, row_topk=config.row_topk, **common
+            )
         return sse_gdn_layer_step(
             *streams,
             *decays,
-            logits,
+            inputs.logits,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             allow_neg_eigval=config.allow_neg_eigval,

@@ -29,15 +29,17 @@ def join_projections(mixer: SSEMixer) -> None:
             weight.data = rows
 
 
-def can_fuse(x: Tensor) -> bool:
-    """Whether `fused_inputs` serves: on CUDA with triton, in any dtype but fp64."""
+def can_fuse(mixer: SSEMixer, x: Tensor) -> bool:
+    """Whether `fused_inputs` serves: on CUDA with triton, not for fp64, and for plain layers only
+    (an adapter's or quantised ones have their own forward)."""
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     try:
         from sse_kernels.triton_layer_inputs import layer_inputs_step  # noqa: F401
     except ImportError:
         return False
-    return True
+    layers = [*_reading_layers(mixer), "lora_q_proj.1", "lora_k_proj.1", "e_proj"]
+    return all(type(mixer.get_submodule(name)) is nn.Linear for name in layers)
 
 
 @torch.no_grad()
@@ -66,36 +68,35 @@ def fused_inputs(mixer: SSEMixer, x: Tensor, seqs: PackedInputs) -> LayerInputs:
     )
 
 
+def _reading_layers(mixer: SSEMixer) -> list[str]:
+    """Layers that multiply x in the model's dtype, in the order of `layer_inputs_step`."""
+    names = ["q_proj", "k_proj", "v_proj", "lora_q_proj.0", "lora_k_proj.0"]
+    gla = mixer.config.linear_attn_type == "gla"
+    names += ["gk_proj.0.0", "gk_proj.1.0"] if gla else ["a_proj", "b_proj"]
+    return [*names, "g_proj.0"] if mixer.config.use_output_gate else names
+
+
 def _reading(mixer: SSEMixer) -> list[nn.Parameter]:
-    """The weights [*, d] that multiply x in the model's dtype, as `layer_inputs_step` has them."""
-    layers = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
-    layers += [mixer.lora_q_proj[0], mixer.lora_k_proj[0]]
-    if mixer.config.linear_attn_type == "gla":
-        layers += [stream[0] for stream in mixer.gk_proj]
-    else:
-        layers += [mixer.a_proj, mixer.b_proj]
-    if mixer.config.use_output_gate:
-        layers.append(mixer.g_proj[0])
-    return [layer.weight for layer in layers]
+    return [mixer.get_parameter(f"{name}.weight") for name in _reading_layers(mixer)]
 
 
 def _expanding(mixer: SSEMixer) -> InputWeights:
+    config, get = mixer.config, mixer.get_parameter
     decays = gate = conv = None
-    if mixer.config.linear_attn_type == "gla":
-        (_, shared), (_, sparse) = mixer.gk_proj
-        decays = shared.weight, shared.bias, sparse.weight, sparse.bias
-    if mixer.config.use_output_gate:
-        gate = mixer.g_proj[1].weight
-    if mixer.config.use_short_conv:
-        conv = mixer.q_conv1d_shared.weight, mixer.k_conv1d_shared.weight
-    return InputWeights(
-        mixer.e_proj.weight,
-        mixer.lora_q_proj[1].weight,
-        mixer.lora_k_proj[1].weight,
-        decays,
-        gate,
-        conv,
-    )
+    if config.linear_attn_type == "gla":
+        shared, sparse = "gk_proj.0.1", "gk_proj.1.1"
+        decays = (
+            get(f"{shared}.weight"),
+            get(f"{shared}.bias"),
+            get(f"{sparse}.weight"),
+            get(f"{sparse}.bias"),
+        )
+    if config.use_output_gate:
+        gate = get("g_proj.1.weight")
+    if config.use_short_conv:
+        conv = get("q_conv1d_shared.weight"), get("k_conv1d_shared.weight")
+    lora = get("lora_q_proj.1.weight"), get("lora_k_proj.1.weight")
+    return InputWeights(get("e_proj.weight"), *lora, decays, gate, conv)
 
 
 def _joined(weights: list[nn.Parameter]) -> Tensor | None:

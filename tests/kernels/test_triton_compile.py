@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "kernels/benchmarks/compile_kernels.py"
     ("capability", "kernels"),
     [
         (80, ["gla_fwd", "gla_dqk"]),
-        (90, ["gla_fwd", "gla_dstates", "gla_dqk", "gla_step"]),
+        (90, ["gla_fwd", "gla_dstates", "gla_dqk", "gla_step", "layer_step", "layer_inputs"]),
         (100, ["gla_fwd", "gla_dqk"]),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache
-from sse_rl.model.projections import fused_inputs, join_projections
+from sse_rl.model.projections import _joined, _reading, fused_inputs, join_projections
 
 needs_interpreter = pytest.mark.skipif(
     not importlib.util.find_spec("triton") or torch.cuda.is_available(),
@@ -33,8 +33,8 @@ def one_step(model) -> PackedInputs:
 
 
 def flat(inputs) -> list[Tensor]:
-    *streams, decays, gate, logits = inputs
-    return [*streams, *decays, *([] if gate is None else [gate]), logits]
+    gate = [] if inputs.gate is None else [inputs.gate]
+    return [*inputs[:5], *inputs.decays, *gate, inputs.logits]
 
 
 @needs_interpreter
@@ -52,6 +52,7 @@ def test_fused_inputs_are_those_of_the_layer(model):
         found = flat(fused_inputs(mixer, x, seqs))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert seqs.cache is not None and plain.cache is not None
         for mine, right in zip(seqs.cache.conv, plain.cache.conv, strict=True):
             assert all(map(torch.equal, mine, right))
 
@@ -63,8 +64,6 @@ def test_joined_weights_are_the_parameters_themselves(model):
     join_projections(mixer)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    from sse_rl.model.projections import _joined, _reading
-
     whole = _joined(_reading(mixer))
     assert whole is not None
     mixer.v_proj.weight.fill_(2.0)
