@@ -57,6 +57,24 @@ def steps() -> str:
     return _table(["one token a sequence", *shapes], lines)
 
 
+def layers() -> str:
+    """Microseconds of one layer's decode step, fused and as separate modules, a line a shape."""
+    result = _result("layer")
+    found = {(r["case"], r["shape"], r["form"]): r["value"] for r in result["rows"]}
+    lines = []
+    for case, shape in dict.fromkeys((r["case"].split()[0], r["shape"]) for r in result["rows"]):
+        kernel = _three(found[f"{case} kernel", shape, "fused, CUDA graph"])
+        share = found.get((f"{case} kernel", shape, "share of copy bandwidth"))
+        kernel += "" if share is None else f", {100 * share:.0f} %"
+        forms = [
+            f"{form}, {how}" for how in ("CUDA graph", "eager") for form in ("fused", "unfused")
+        ]
+        times = [_three(found[f"{case} layer", shape, form]) for form in forms]
+        lines.append([f"{case.upper()}, {shape}", kernel, *times])
+    head = ["one token a sequence, us", "kernel", "layer in a CUDA graph", "unfused"]
+    return _table([*head, "layer, eager", "unfused"], lines) + _note(result)
+
+
 def errors() -> str:
     """Largest relative error of outputs and gradients, a line a case."""
     result = _result("sse")
@@ -169,6 +187,7 @@ def _note(result: dict[str, Any]) -> str:
 TABLES = {
     "kernel_sequences": sequences,
     "kernel_steps": steps,
+    "kernel_layers": layers,
     "kernel_errors": errors,
     "kernel_properties": properties,
     "kernel_first_calls": first_calls,

@@ -71,3 +71,12 @@ def test_joined_weights_are_the_parameters_themselves(model):
     torch.testing.assert_close(x @ whole[keys], 2 * x.sum(-1))
     model.double()
     assert _joined(_reading(mixer)) is None  # each was converted by itself
+
+
+def test_a_joined_model_is_saved_and_loaded_like_any_other(gla_model, tmp_path):
+    for layer in (0, 1, 3):
+        join_projections(gla_model.model.layers[layer].attn)
+    gla_model.save_pretrained(tmp_path)
+    loaded = type(gla_model).from_pretrained(tmp_path).state_dict()
+    for name, tensor in gla_model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
