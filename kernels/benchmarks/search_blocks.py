@@ -46,6 +46,8 @@ class Kernel(NamedTuple):
     along_k: bool = False
     """Whether it has tiles along Dk, and along Dv."""
     along_v: bool = False
+    traced: str = ""
+    """Its name in a trace, if it is not the table's."""
 
 
 KERNELS = {
@@ -153,7 +155,7 @@ def microseconds(candidate: Candidate, calls: int = 5) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(calls):
             results(candidate, MAIN.length)
-    name = f"{candidate.kernel}_kernel"
+    name = f"{KERNELS[candidate.kernel].traced or candidate.kernel}_kernel"
     events = [e for e in trace.key_averages() if e.key.startswith(name)]
     return sum(e.device_time_total for e in events) / calls
 
