@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..checks import expect, expect_float
+from .torch_rows import TORCH
 from .walk import Operands, head_backward, head_forward, multiply
 
 
@@ -44,9 +48,9 @@ def linear_logprob(
         low, high = int(targets.min()), int(targets.max())
         inside = low >= 0 and high < len(weight)
         expect(inside, op, "targets", f"in 0..{len(weight) - 1}", f"{low}..{high}")
-    logprobs, entropy, _ = _head(
-        hidden, weight, targets.long(), float(temperature), _operand_dtype(hidden, weight, dtype)
-    )
+    dtype = _operand_dtype(hidden, weight, dtype)
+    form = _form(hidden, dtype)
+    logprobs, entropy, _ = form(hidden, weight, targets.long(), float(temperature), dtype)
     return logprobs, entropy
 
 
@@ -59,7 +63,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, *, dtype: torch.dtype | None =
     dtype = _operand_dtype(hidden, weight, dtype)
     if dtype == torch.bfloat16:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return _logits(rows, weight).reshape(*hidden.shape[:-1], len(weight))
+        return _Bf16Logits.apply(rows, weight).reshape(*hidden.shape[:-1], len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         return linear(hidden.to(dtype), weight.to(dtype))
 
@@ -86,92 +90,58 @@ def _operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) ->
     return torch.float32
 
 
-@torch.library.custom_op("sse_kernels::head", mutates_args=())
-def _head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _form(hidden: Tensor, dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator with Triton's passes on a GPU, else with torch's."""
+    if hidden.is_cuda and dtype != torch.float64:
+        try:
+            from .triton_op import head
+        except ImportError:
+            return _Head.apply
+        return head
+    return _Head.apply
+
+
+class _Head(torch.autograd.Function):
     """Log-probs, entropies and the logarithms of the softmax's denominators, [T] each."""
-    return head_forward(Operands(hidden, weight, targets, temperature, dtype))
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = head_forward(Operands(hidden, weight, targets, temperature, dtype), TORCH)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.save_for_backward(hidden, weight, targets, *out[1:])
+        ctx.mark_non_differentiable(out[2])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor, _: Tensor) -> tuple[Any, ...]:
+        hidden, weight, targets, entropy, lse = ctx.saved_tensors
+        x = Operands(hidden, weight, targets, ctx.temperature, ctx.dtype)
+        wanted = ctx.needs_input_grad[:2]
+        gradients = head_backward(x, TORCH, entropy, lse, dlogprobs, dentropy, wanted)
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
 
 
-@_head.register_fake
-def _(hidden, weight, targets, temperature, dtype):
-    total = torch.float64 if dtype == torch.float64 else torch.float32
-    empty = lambda: hidden.new_empty(len(hidden), dtype=total)
-    return empty(), empty(), empty()
+class _Bf16Logits(torch.autograd.Function):
+    """hidden [T, d], weight [V, d] rounded to bf16 -> [T, V] fp32; on CUDA."""
 
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        out = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+        return multiply(hidden.bfloat16(), weight.bfloat16().t(), out)
 
-@torch.library.custom_op("sse_kernels::head_backward", mutates_args=())
-def _head_backward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype,
-    entropy: Tensor, lse: Tensor, dlogprobs: Tensor, dentropy: Tensor,
-    wants_hidden: bool, wants_weight: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden and weight; an unwanted one is empty."""
-    return head_backward(
-        Operands(hidden, weight, targets, temperature, dtype),
-        entropy, lse, dlogprobs.contiguous(), dentropy.contiguous(),
-        wants_hidden=wants_hidden, wants_weight=wants_weight,
-    )  # fmt: skip
-
-
-@_head_backward.register_fake
-def _(
-    hidden, weight, targets, temperature, dtype, entropy, lse, dlogprobs, dentropy,
-    wants_hidden, wants_weight,
-):  # fmt: skip
-    return (
-        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
-    )
-
-
-def _keep(ctx, inputs, output) -> None:
-    hidden, weight, targets, ctx.temperature, ctx.dtype = inputs
-    _, entropy, lse = output
-    ctx.save_for_backward(hidden, weight, targets, entropy, lse)
-
-
-def _backward(ctx, dlogprobs: Tensor, dentropy: Tensor, _):
-    hidden, weight, targets, entropy, lse = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:2]
-    gradients = _head_backward(
-        hidden, weight, targets, ctx.temperature, ctx.dtype,
-        entropy, lse, dlogprobs, dentropy, *wanted,
-    )  # fmt: skip
-    return *(x if w else None for x, w in zip(gradients, wanted, strict=True)), None, None, None
-
-
-_head.register_autograd(_backward, setup_context=_keep)
-
-
-@torch.library.custom_op("sse_kernels::bf16_logits", mutates_args=(), device_types="cuda")
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [T, d], weight [V, d] rounded to bf16 -> [T, V] fp32."""
-    out = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-    return multiply(hidden.bfloat16(), weight.bfloat16().t(), out)
-
-
-@_logits.register_fake
-def _(hidden, weight):
-    return hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-
-
-@torch.library.custom_op("sse_kernels::bf16_logits_backward", mutates_args=(), device_types="cuda")
-def _logits_backward(hidden: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor]:
-    d = dlogits.bfloat16()
-    dhidden, dweight = (x.new_empty(x.shape, dtype=torch.float32) for x in (hidden, weight))
-    multiply(d, weight.bfloat16(), dhidden)
-    multiply(d.t(), hidden.bfloat16(), dweight)
-    return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
-
-
-@_logits_backward.register_fake
-def _(hidden, weight, dlogits):
-    return torch.empty_like(hidden), torch.empty_like(weight)
-
-
-_logits.register_autograd(
-    lambda ctx, dlogits: _logits_backward(*ctx.saved_tensors, dlogits),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        d = dlogits.bfloat16()
+        dhidden, dweight = (x.new_empty(x.shape, dtype=torch.float32) for x in (hidden, weight))
+        multiply(d, weight.bfloat16(), dhidden)
+        multiply(d.t(), hidden.bfloat16(), dweight)
+        return dhidden.to(hidden.dtype), dweight.to(weight.dtype)

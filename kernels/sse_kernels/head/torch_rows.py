@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Passes over a block of logits, see the functions of these names."""
+
+    reduce: Callable[..., None]
+    differentiate: Callable[..., None]
 
 
 def reduce(z: Tensor, targets: Tensor, temperature: float, stats: Tensor, chosen: Tensor) -> None:
@@ -39,3 +49,6 @@ def differentiate(
     at = targets.clamp(0, z.shape[1] - 1)[:, None]
     gradient.scatter_add_(1, at, torch.where(inside, dlogprob, 0.0).to(z.dtype))
     torch.div(gradient, temperature, out=out)
+
+
+TORCH = Rows(reduce, differentiate)

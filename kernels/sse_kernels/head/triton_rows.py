@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .torch_rows import Rows
+
 WARPS = 8
 
 
@@ -31,6 +33,9 @@ def differentiate(
         z, targets, *per_row, out, 1 / temperature, width,
         BLOCK=triton.next_power_of_2(width), num_warps=WARPS,
     )  # fmt: skip
+
+
+TRITON = Rows(reduce, differentiate)
 
 
 @triton.jit

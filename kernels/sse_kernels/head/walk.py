@@ -5,14 +5,13 @@ Blocks are sized by the device alone, never by T.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import total_dtype
-from . import torch_rows
+from .torch_rows import Rows
 
 VOCAB_BLOCK = 4096
 TOKEN_BLOCK, TOKEN_BLOCK_CUDA = 4096, 32768
@@ -48,12 +47,8 @@ class Operands(NamedTuple):
         return self.hidden.new_empty(largest * self.blocks[0].stop, dtype=dtype)
 
 
-def head_forward(x: Operands, rows: ModuleType | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, entropies and logarithms of the softmax's denominators, [T] each.
-
-    `rows` has the passes over a block of logits; None: what serves this device.
-    """
-    rows = rows or _rows(x)
+def head_forward(x: Operands, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, entropies and logarithms of the softmax's denominators, [T] each."""
     logits = x.storage(total_dtype(x.dtype))
     logprobs, entropy, lse = (logits.new_empty(len(x.hidden)) for _ in range(3))
     for part in x.parts:
@@ -70,21 +65,19 @@ def head_forward(x: Operands, rows: ModuleType | None = None) -> tuple[Tensor, T
 
 def head_backward(
     x: Operands,
+    rows: Rows,
     entropy: Tensor,
     lse: Tensor,
     dlogprobs: Tensor,
     dentropy: Tensor,
-    *,
-    wants_hidden: bool = True,
-    wants_weight: bool = True,
-    rows: ModuleType | None = None,
+    wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight in their dtypes, empty where they are not wanted.
 
     A block of the vocabulary goes over all tokens: its part of the weight's gradient is complete
     when it ends, and only the hidden states' gradient [T, d] is kept in fp32 from block to block.
     """
-    rows = rows or _rows(x)
+    wants_hidden, wants_weight = wanted
     total = total_dtype(x.dtype)
     logits = x.storage(total)
     dlogits = logits if x.dtype == total else x.storage(x.dtype)
@@ -127,17 +120,6 @@ def _combine(stats: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log = denominator.log()
     moment = ((moments + sums * shift) * scale).sum(0)
     return chosen - best - log, log - moment / denominator, best + log
-
-
-def _rows(x: Operands) -> ModuleType:
-    """Triton's passes on a GPU, but for fp64."""
-    if x.hidden.is_cuda and x.dtype != torch.float64:
-        try:
-            from . import triton_rows
-        except ImportError:
-            return torch_rows
-        return triton_rows
-    return torch_rows
 
 
 def _matrix(storage: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
