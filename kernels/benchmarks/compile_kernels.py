@@ -77,7 +77,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": blocks.warps, "num_stages": blocks.stages},
     )
-    registers, spills = _assembled(compiled.asm["ptx"])
+    registers, spills = assembled(compiled.asm["ptx"])
     return {
         "kernel": name,
         "capability": capability,
@@ -96,7 +96,7 @@ def _pointer(argument: str, step: bool) -> str:
     return _INDEX.get(argument) or ("*fp32" if argument in _FP32 else "*bf16")
 
 
-def _assembled(ptx: str) -> tuple[int, int]:
+def assembled(ptx: str) -> tuple[int, int]:
     """Registers a thread and bytes of spill stores, from the assembler's report."""
     architecture = re.search(r"\.target (sm_\w+)", ptx)
     assert architecture is not None

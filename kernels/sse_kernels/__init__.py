@@ -1,9 +1,12 @@
-"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, norm, convolution, LM head.
+"""The operators of Sparse State Expansion: routing, SSE-GLA, SSE-GDN, norm, convolution, LM head,
+and attention over pages for the layers between.
 
 Knows nothing of models. Needs torch alone.
 """
 
 from .activations import classify, gdn_beta, gdn_log_decay, gla_log_decay
+from .attention.op import paged_attention, rotate_into_pages
+from .attention.rope import rotate
 from .conv import causal_conv, causal_conv_step
 from .delta.chunk import chunk_sse_gdn
 from .delta.naive import naive_sse_gdn
@@ -36,10 +39,13 @@ __all__ = [
     "linear_logprob",
     "naive_sse_gdn",
     "naive_sse_gla",
+    "paged_attention",
     "recurrent_sse_gdn",
     "recurrent_sse_gdn_step",
     "recurrent_sse_gla",
     "recurrent_sse_gla_step",
+    "rotate",
+    "rotate_into_pages",
     "route",
     "sse_gdn",
     "sse_gdn_layer_step",

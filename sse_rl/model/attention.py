@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from sse_kernels import paged_attention, rotate, rotate_into_pages
 from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
@@ -49,34 +50,34 @@ class SoftmaxAttention(nn.Module):
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, k, seqs.positions, theta=self.rope_theta)
         if seqs.cache is not None:
-            _write_pages(k, v, seqs, seqs.cache, self.index)
-            pages = seqs.cache.k[self.index], seqs.cache.v[self.index]
-            attend = _gathered_attention if q.is_cuda else _tiled_attention
-            o = attend(q, *pages, seqs, self.window)
-        elif q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            o = self._attend_pages(q, k, v, seqs, seqs.cache)
+            return self.o_proj(o.flatten(-2))
+        q, k = rotate(q, k, seqs.positions, theta=self.rope_theta)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             o = _varlen_attention(q, k, v, seqs, self.window)
         else:
             o = _bucketed_attention(q, k, v, seqs, self.window)
         return self.o_proj(o.flatten(-2))
 
-
-def rotate(q: Tensor, k: Tensor, positions: Tensor, *, theta: float) -> tuple[Tensor, Tensor]:
-    """RoPE, half-split: channel i turns with channel i + D/2 by position * theta^(-2i/D).
-
-    q [T, H, D], k [T, Hkv, D]; angles in fp32.
-    """
-    half = q.shape[-1] // 2
-    channel = torch.arange(half, device=q.device, dtype=torch.float32)
-    angle = positions.float()[:, None] * theta ** (-channel / half)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-
-    def turn(x: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-    return turn(q), turn(k)
+    def _attend_pages(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, cache: SlotCache
+    ) -> Tensor:
+        """q, k, v before RoPE; k and v go to the cache. What autograd follows is gathered."""
+        assert seqs.block_table is not None and seqs.context_lens is not None
+        pages = cache.k[self.index], cache.v[self.index]
+        if q.is_cuda and not q.requires_grad:
+            lengths = {
+                "context_lens": seqs.context_lens,
+                "cu_seqlens": None if seqs.max_seqlen == 1 else seqs.cu_seqlens,
+            }
+            table = seqs.block_table
+            q = rotate_into_pages(q, k, v, *pages, table, theta=self.rope_theta, **lengths)
+            return paged_attention(q, *pages, table, window=self.window, **lengths)
+        q, k = rotate(q, k, seqs.positions, theta=self.rope_theta)
+        _write_pages(k, v, seqs, cache, self.index)
+        attend = _gathered_attention if q.is_cuda else _tiled_attention
+        return attend(q, *pages, seqs, self.window)
 
 
 def _varlen_attention(

@@ -1,0 +1,164 @@
+"""Times paged decode attention on one GPU, and stores what it found.
+
+    python kernels/benchmarks/bench_attention.py [--commit HASH]
+
+One query a sequence, 32 query heads in groups of 4, bf16, random pages of 64 tokens, whole decode
+steps in a CUDA graph. The keys and values of several layers take turns, 256 MB at least, so that
+none stay in the L2 cache. Baselines, in the same run: the measured copy bandwidth; all pages
+gathered and torch's SDPA; and torch's `varlen_attn` on keys and values that lie together, repeated
+for every query head, as torch 2.11 needs them (no gather is timed). Where a baseline needs more
+memory than there is, its row is missing.
+Writes kernels/benchmarks/results/attention-<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.nn.functional as F
+import triton
+from bench_sse import ceilings
+from sse_kernels import paged_attention
+from sse_kernels.attention.triton_paged import Tile, triton_paged_attention
+from torch import Tensor
+from triton.testing import do_bench_cudagraph
+
+RESULTS = Path(__file__).parent / "results"
+HEADS, GROUP, PAGE = 32, 4, 64
+
+
+class Row(NamedTuple):
+    """One line of the results; ratio is baseline / ours for times, ours / baseline for rates."""
+
+    case: str
+    ours: float
+    baseline: float | None
+    unit: str
+    ratio: float | None
+
+
+class Problem:
+    """Queries and the pages of several layers; each call reads the next layer's."""
+
+    def __init__(self, batch: int, context: int, width: int) -> None:
+        torch.manual_seed(0)
+        kv_heads, used = HEADS // GROUP, context // PAGE
+        self.bytes = 2 * batch * context * kv_heads * width * 2
+        layers = min(max(2**28 // self.bytes, 1), 64)
+        pages = batch * used
+        shape = (layers, 2, pages, PAGE, kv_heads, width)
+        self.pages = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        self.q = torch.randn(batch, HEADS, width, device="cuda", dtype=torch.bfloat16)
+        self.table = torch.randperm(pages, device="cuda").view(batch, used)
+        self.context_lens = torch.full((batch,), context - 1, device="cuda")
+
+    def ours(self, *, split: int | None = None, tile: Tile | None = None) -> list[Tensor]:
+        lengths = {"context_lens": self.context_lens}
+        if split is None:
+            return [paged_attention(self.q, k, v, self.table, **lengths) for k, v in self.pages]
+        return [
+            triton_paged_attention(self.q, k, v, self.table, **lengths, split=split, tile=tile)
+            for k, v in self.pages
+        ]
+
+    def gathered(self) -> list[Tensor]:
+        """What the engine did before there was a kernel."""
+        outputs = []
+        for layer in self.pages:
+            k, v = (pages[self.table].flatten(1, 2).transpose(1, 2) for pages in layer)
+            seen = torch.arange(k.shape[2], device="cuda") <= self.context_lens[:, None]
+            q, mask = self.q[:, :, None], seen[:, None, None]
+            outputs.append(
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+            )
+        return outputs
+
+    def varlen(self) -> Callable[[], list[Tensor]]:
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch, used = self.table.shape
+        layers = [
+            [pages[self.table].flatten(0, 2).repeat_interleave(GROUP, 1) for pages in layer]
+            for layer in self.pages
+        ]
+        one = torch.arange(batch + 1, device="cuda", dtype=torch.int32)
+        length = used * PAGE
+        return lambda: [varlen_attn(self.q, k, v, one, one * length, 1, length) for k, v in layers]
+
+    def microseconds(self, call: Callable[[], object]) -> float:
+        """Of one layer, in a CUDA graph that runs all."""
+        return 1e3 * float(do_bench_cudagraph(call, rep=20, return_mode="median")) / len(self.pages)  # pyright: ignore
+
+
+def bench(batch: int, context: int, width: int, copy_gb_s: float) -> list[Row]:
+    problem = Problem(batch, context, width)
+    case = f"batch {batch}, context {context}, D={width}"
+    ours = problem.microseconds(problem.ours)
+    rate = problem.bytes / ours / 1e3
+    rows = [Row(f"{case}: rate", rate, copy_gb_s, "GB/s", rate / copy_gb_s)]
+    found = problem.ours()[0]
+    for name, prepare in (
+        ("gathered SDPA", lambda: problem.gathered),
+        ("varlen_attn", problem.varlen),
+    ):
+        if 6 * problem.pages.nbytes > 60e9:  # groups repeated, and what SDPA makes of them
+            continue
+        baseline = prepare()
+        difference = float((baseline()[0].float() - found.float()).abs().max())
+        assert difference < 2e-2, f"{case}: {name} differs by {difference}"
+        theirs = problem.microseconds(baseline)
+        rows.append(Row(f"{case}: against {name}", ours, theirs, "us", theirs / ours))
+        del baseline
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    commit = arguments.commit or subprocess.check_output(
+        ["git", "rev-parse", "--short", "HEAD"], text=True, cwd=RESULTS.parent
+    ).strip()  # fmt: skip
+    device, top = torch.cuda.get_device_name(), ceilings()
+    rows: list[Row] = []
+    for width in (64, 128):
+        for batch in (1, 64, 256):
+            for context in (1024, 4096, 16384):
+                found = bench(batch, context, width, top["copy_gb_s"])
+                rows += found
+                for row in found:
+                    print(
+                        f"{row.case:60s} {row.ours:9.4g} {row.unit:5s} {row.ratio:.2f}", flush=True
+                    )
+                torch.cuda.empty_cache()
+    report = {
+        "name": "attention",
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "command": "python kernels/benchmarks/bench_attention.py",
+        "ceilings": top,
+        "rows": [row._asdict() for row in rows],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"attention-{device.replace(' ', '-').lower()}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

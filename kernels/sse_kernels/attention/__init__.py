@@ -1,0 +1,1 @@
+"""Softmax attention over keys and values that lie in pages."""
