@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parents[2] / "kernels/benchmarks/compile_kernels.py"
+SCRIPTS = Path(__file__).parents[2] / "kernels/benchmarks"
 
 
 @pytest.mark.slow
@@ -25,8 +25,18 @@ SCRIPT = Path(__file__).parents[2] / "kernels/benchmarks/compile_kernels.py"
     ],
 )
 def test_hot_kernels_do_not_spill(capability, kernels):
+    assert_no_spills("compile_kernels.py", capability, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_paged_attention_does_not_spill(capability):
+    assert_no_spills("compile_attention.py", capability, ["decode", "prefill"])
+
+
+def assert_no_spills(script, capability, kernels):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "--capability", str(capability), *kernels]
+    command = [sys.executable, str(SCRIPTS / script), "--capability", str(capability), *kernels]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     reports = [json.loads(line) for line in run.stdout.splitlines()]

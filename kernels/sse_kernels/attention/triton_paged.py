@@ -51,8 +51,8 @@ def prefill_tile(width: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 4 if width > 32 else 2, 1)
     if width > 128:
-        return Tile(64, 64, 8, 2)
-    return Tile(64, 64, 4 if width > 32 else 2, 3)
+        return Tile(64, 64, 8, 1)
+    return Tile(64, 64, 8 if width > 64 else 4 if width > 32 else 2, 3)
 
 
 def triton_paged_attention(
