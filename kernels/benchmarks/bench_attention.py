@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -63,11 +63,14 @@ class Problem:
         self.context_lens = torch.full((batch,), context - 1, device="cuda")
 
     def ours(self, *, split: int | None = None, tile: Tile | None = None) -> list[Tensor]:
-        lengths = {"context_lens": self.context_lens}
+        lens = self.context_lens
         if split is None:
-            return [paged_attention(self.q, k, v, self.table, **lengths) for k, v in self.pages]
+            ours = paged_attention
+            return [ours(self.q, k, v, self.table, context_lens=lens) for k, v in self.pages]
         return [
-            triton_paged_attention(self.q, k, v, self.table, **lengths, split=split, tile=tile)
+            triton_paged_attention(
+                self.q, k, v, self.table, context_lens=lens, split=split, tile=tile
+            )
             for k, v in self.pages
         ]
 
@@ -83,7 +86,7 @@ class Problem:
             )
         return outputs
 
-    def varlen(self) -> Callable[[], list[Tensor]]:
+    def varlen(self) -> Callable[[], list[Any]]:
         from torch.nn.attention.varlen import varlen_attn
 
         batch, used = self.table.shape

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sse_rl.model.configuration import SSEConfig
 
+_COPIED = 64
+"""Rows copied at once: what they need between is the size of so many states."""
+
 
 class SlotCache:
     """Recurrent states by slot, keys and values by page.
@@ -65,18 +68,27 @@ class SlotCache:
 
     def reset(self, slots: Tensor | list[int]) -> None:
         """Zero the states of `slots`, in place. Pages need none: unwritten tokens are masked."""
+        index = self._index(slots)
         for tensor in self.slotted():
-            tensor[slots] = 0
+            tensor.index_fill_(0, index, 0)
 
-    def fork(self, src: int, dst: list[int]) -> None:
-        """Copy the state of slot `src` to each slot of `dst`, in place."""
-        for tensor in self.slotted():
-            tensor[dst] = tensor[[src]]
+    def fork(self, src: Tensor | list[int], dst: Tensor | list[int]) -> None:
+        """Copy the state of slot src[i] to slot dst[i], in place; no slot is in both."""
+        _copy_rows(self.slotted(), self._index(src), self._index(dst))
 
-    def copy_page(self, src: int, dst: int) -> None:
-        """Copy page `src` to page `dst` in every softmax layer, in place."""
-        for tensor in self.paged():
-            tensor[dst] = tensor[src]
+    def copy_pages(self, src: Tensor | list[int], dst: Tensor | list[int]) -> None:
+        """Copy page src[i] to page dst[i] in every softmax layer, in place."""
+        _copy_rows(self.paged(), self._index(src), self._index(dst))
+
+    def _index(self, rows: Tensor | list[int]) -> Tensor:
+        device = (self.state or self.k)[0].device
+        return torch.as_tensor(rows, dtype=torch.int64, device=device)
+
+
+def _copy_rows(tensors: list[Tensor], src: Tensor, dst: Tensor) -> None:
+    for tensor in tensors:
+        for a, b in zip(src.split(_COPIED), dst.split(_COPIED), strict=True):
+            tensor.index_copy_(0, b, tensor.index_select(0, a))
 
 
 @dataclass(slots=True)

@@ -5,18 +5,21 @@ It knows nothing of Ray, of rewards, or of tokenization beyond a `decode` callab
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sse_rl.model import SSEForCausalLM
+from sse_rl.rollout.arrival import Arrival
 from sse_rl.rollout.lanes import Lanes
 from sse_rl.rollout.runner import Runner
-from sse_rl.rollout.sampler import check, sample, stream_key
+from sse_rl.rollout.sampler import check, stream_key
 from sse_rl.rollout.scheduler import CHUNK, Piece, Scheduler
 from sse_rl.rollout.sequence import Job, Sequence
 from sse_rl.rollout.stops import Decode, ended_by
@@ -36,11 +39,25 @@ class Stats:
     """Fed one at a time: rows of all decode steps."""
     seconds: float = 0.0
     """Inside `step`."""
+    waited: float = 0.0
+    """Of these, for the device."""
 
     @property
     def slot_use(self) -> float:
         """Mean share of the slots that a decode step fed."""
         return self.decode_tokens / (self.decode_steps * self.slots) if self.decode_steps else 0.0
+
+
+class _Flight(NamedTuple):
+    """One token for each of some slots, on its way from the device."""
+
+    slots: np.ndarray
+    tickets: np.ndarray
+    """The slots' samples; one that ended meanwhile wants no more."""
+    versions: np.ndarray
+    """Of the weights, for each slot."""
+    arrival: Arrival
+    """Tokens and log-probs [B]; of a decode step also the routing [B, L_sse, K]."""
 
 
 class Engine:
@@ -103,6 +120,8 @@ class Engine:
         )
         self._lanes = Lanes(slots)
         self._running: dict[int, Sequence] = {}
+        self._flights: deque[_Flight] = deque()
+        self._ahead = 0 if self._runner.graphs is None else 1
         self._vocab_size: int = model.config.vocab_size
         self._eos = tuple(eos_token_ids)
         self._max_model_len = max_model_len
@@ -147,8 +166,9 @@ class Engine:
         began = perf_counter()
         with torch.inference_mode():
             self._prefill(self._scheduler.schedule())
-            finished = self._start(self._scheduler.start())
-            finished += self._decode()
+            self._start(self._scheduler.start())
+            finished = self._land(0) if not self._ahead else []
+            finished += self._land(self._ahead if self._decode() else 0)
         self.stats.seconds += perf_counter() - began
         return finished
 
@@ -197,19 +217,18 @@ class Engine:
         fed = self._runner.prefill(pieces)
         row, done = 0, 0
         for job, start, stop in pieces:
-            job.routing.append(fed.routing[row : row + stop - start])
+            job.routing.append((fed.routing, slice(row, row + stop - start)))
             row += stop - start
             if stop == job.length:
                 job.logits, job.version = fed.logits[done : done + 1], self.version
                 done += 1
         self.stats.prefill_tokens += row
 
-    def _start(self, sequences: list[Sequence]) -> list[Completion]:
+    def _start(self, sequences: list[Sequence]) -> None:
         """Forks prompts into their placed samples and draws each one's first token."""
         if not sequences:
-            return []
-        for job in dict.fromkeys(sequence.job for sequence in sequences):
-            self._runner.fork(job, [sequence for sequence in sequences if sequence.job is job])
+            return
+        self._runner.fork(sequences)
         for sequence in sequences:
             request = sequence.job.request
             stop_ids = request.params.stop_token_ids
@@ -221,27 +240,47 @@ class Engine:
         logits = torch.cat([_present(sequence.job.logits) for sequence in sequences])
         slots = np.array([sequence.slot for sequence in sequences])
         versions = np.array([sequence.job.version for sequence in sequences])
-        return self._sample(slots, logits, versions)
+        self._launch(slots, versions, self._runner.first(slots, logits, self._lanes))
 
-    def _decode(self) -> list[Completion]:
+    def _decode(self) -> bool:
+        """Launches a step of all running samples; whether there are any."""
         slots = self._lanes.rows()
         if not len(slots):
-            return []
-        fed = self._runner.decode(slots, self._lanes.token[slots], self._lanes.length[slots])
-        self._lanes.fed(slots, fed.routing)
+            return False
+        arrival = self._runner.decode(slots, self._lanes)
+        self._launch(slots, np.full(len(slots), self.version), arrival)
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(slots)
-        return self._sample(slots, fed.logits, self.version)
+        return True
 
-    def _sample(
-        self, slots: np.ndarray, logits: Tensor, versions: np.ndarray | int
-    ) -> list[Completion]:
-        tokens, logprobs = (x.cpu().numpy() for x in sample(logits, self._lanes.knobs(slots)))
+    def _launch(self, slots: np.ndarray, versions: np.ndarray, arrival: Arrival) -> None:
+        self._flights.append(_Flight(slots, self._lanes.ticket[slots], versions, arrival))
+        self._lanes.launched[slots] += 1
+
+    def _land(self, flying: int) -> list[Completion]:
+        """Takes in what was launched, but for the last `flying`."""
+        finished = []
+        while len(self._flights) > flying:
+            finished += self._take(self._flights.popleft())
+        return finished
+
+    def _take(self, flight: _Flight) -> list[Completion]:
+        began = perf_counter()
+        lanes, results = self._lanes, flight.arrival.wait()
+        self.stats.waited += perf_counter() - began
+        live = lanes.active[flight.slots] & (lanes.ticket[flight.slots] == flight.tickets)
+        slots, versions = flight.slots[live], flight.versions[live]
+        tokens, logprobs, *routing = (x[live] for x in results)
+        if not len(slots):
+            return []
+        if routing:
+            lanes.fed(slots, *routing)
         if np.isnan(logprobs).any():
-            sequence = self._running[int(slots[np.isnan(logprobs).argmax()])]
+            at = int(np.isnan(logprobs).argmax())
+            sequence = self._running[int(slots[at])]
             raise FloatingPointError(
                 f"request {sequence.job.request.request_id!r}, sample {sequence.index}: the logits "
-                f"are not numbers (weights of version {self.version})"
+                f"are not numbers (weights of version {versions[at]})"
             )
         stopped, full = self._lanes.sampled(slots, tokens, logprobs, versions)
         self.stats.tokens += len(slots)
@@ -282,7 +321,8 @@ class Engine:
     ) -> Completion:
         lanes, slot = self._lanes, sequence.slot
         count = int(lanes.count[slot])
-        prompt = np.concatenate(sequence.job.routing)
+        pieces = [arrival.wait()[0][rows] for arrival, rows in sequence.job.routing]
+        prompt = np.concatenate(pieces)
         own = lanes.routing[slot, : count - 1].reshape(count - 1, *prompt.shape[1:])
         return Completion(
             request_id=sequence.job.request.request_id,

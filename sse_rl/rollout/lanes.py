@@ -12,16 +12,19 @@ from sse_rl.types import SamplingParams
 class Lanes:
     """What is fed next, how to sample, when to stop, and what was sampled so far, for S slots.
 
-    `token` [S] is the last one sampled, not yet fed; `length` [S] counts the tokens in the cache;
-    `count` [S] the sampled ones. The record (`tokens`, `logprobs`, `versions`, `routing`) is
-    [S, capacity, ...] and grows with the longest completion.
+    `token` [S] is the last one sampled, not yet fed; `prompt` [S] the prompt's length; `count` [S]
+    counts the sampled tokens, `launched` [S] also those still on their way from the device;
+    `ticket` [S] tells a slot's samples apart. The record (`tokens`, `logprobs`, `versions`,
+    `routing`) is [S, capacity, ...] and grows with the longest completion.
     """
 
     def __init__(self, slots: int) -> None:
         self.active = np.zeros(slots, bool)
         self.token = np.zeros(slots, np.int64)
-        self.length = np.zeros(slots, np.int64)
+        self.prompt = np.zeros(slots, np.int64)
         self.count = np.zeros(slots, np.int64)
+        self.launched = np.zeros(slots, np.int64)
+        self.ticket = np.zeros(slots, np.int64)
         self.limit = np.zeros(slots, np.int64)
         self.stop_ids = np.full((slots, 1), -1, np.int64)
         self.stop_strings = np.zeros(slots, bool)
@@ -33,21 +36,26 @@ class Lanes:
         self._top_k = np.zeros(slots, np.int64)
         self._top_p = np.ones(slots, np.float32)
         self._min_p = np.zeros(slots, np.float32)
-        self._key = np.zeros(slots, np.uint64)
+        self.key = np.zeros(slots, np.uint64)
 
     def open(self, sequence: Sequence, *, key: int, stop_ids: tuple[int, ...]) -> None:
         """A sample begins in its slot: the prompt is in the cache, nothing is sampled."""
         slot, params = sequence.slot, sequence.job.request.params
         self.active[slot] = True
-        self.count[slot] = 0
-        self.length[slot] = sequence.job.length
+        self.count[slot] = self.launched[slot] = 0
+        self.ticket[slot] += 1
+        self.prompt[slot] = sequence.job.length
         self.limit[slot] = sequence.job.limit
         self._set_knobs(slot, params, key)
         self._set_stops(slot, params, stop_ids)
 
     def rows(self) -> np.ndarray:
-        """Slots of the running samples, ascending."""
-        return np.flatnonzero(self.active)
+        """Slots of the samples that want another token, ascending."""
+        return np.flatnonzero(self.active & (self.launched < self.limit))
+
+    def positions(self, slots: np.ndarray) -> np.ndarray:
+        """Where each slot's last token stands: so many of its sequence are in the cache."""
+        return self.prompt[slots] + self.launched[slots] - 1
 
     def knobs(self, slots: np.ndarray) -> Knobs:
         """How to sample the next token of each slot."""
@@ -56,7 +64,7 @@ class Lanes:
             self._top_k[slots],
             self._top_p[slots],
             self._min_p[slots],
-            uniforms(self._key[slots], self.count[slots]),
+            uniforms(self.key[slots], self.count[slots]),
         )
 
     def fed(self, slots: np.ndarray, routing: np.ndarray) -> None:
@@ -64,7 +72,6 @@ class Lanes:
         if self.routing.shape[2:] != routing.shape[1:]:
             self.routing = np.zeros(self.tokens.shape + routing.shape[1:], np.uint8)
         self.routing[slots, self.count[slots] - 1] = routing
-        self.length[slots] += 1
 
     def sampled(
         self,
@@ -94,7 +101,7 @@ class Lanes:
         self._top_k[slot] = params.top_k
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
-        self._key[slot] = key
+        self.key[slot] = key
 
     def _set_stops(self, slot: int, params: SamplingParams, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self.stop_ids.shape[1]

@@ -1,42 +1,39 @@
 """Runs the model on what the scheduler chose: owns the cache, block tables and input buffers.
 
-The number of rows is padded to a multiple of 8, at least 16 (slot 0 and page 0 are scratch): on the
-CPU, matrix products of fewer rows round differently, and a request's result would depend on its
-company. On a GPU a decode step is one CUDA graph for each padded number of rows and of pages.
+The number of rows is padded as `padded_rows` says (slot 0 and page 0 are scratch). On a GPU a
+decode step, sampling included, is one CUDA graph, see `graphs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM
+from sse_rl.model.cache import padded_rows
 from sse_rl.model.mixer import SSEMixer
 from sse_rl.model.projections import join_projections
+from sse_rl.rollout.arrival import Arrival, send
+from sse_rl.rollout.lanes import Lanes
+from sse_rl.rollout.sampler import sample
 from sse_rl.rollout.scheduler import Piece
-from sse_rl.rollout.sequence import Job, Sequence
+from sse_rl.rollout.sequence import Sequence
 
-_GRAPH_ROWS = 32
-"""Graphs are captured for multiples of this many rows."""
+if TYPE_CHECKING:
+    from sse_rl.rollout.graphs import StepGraphs
 
 
 class Fed(NamedTuple):
-    """What the model said about the tokens of a call."""
+    """What the model said about prompt tokens."""
 
     logits: Tensor
-    """[R, V] fp32: every row of a decode step; of a prefill the last rows of finished prompts."""
-    routing: np.ndarray
+    """[R, V] fp32, of the last tokens of finished prompts."""
+    routing: Arrival
     """[T, L_sse, K] uint8, for all tokens fed."""
-
-
-class _Graph(NamedTuple):
-    replay: torch.cuda.CUDAGraph
-    logits: Tensor
-    routing: Tensor
 
 
 class Runner:
@@ -70,16 +67,23 @@ class Runner:
         )
         self._page_size = page_size
         self._width = -(-max_model_len // page_size)
-        self._graphs: dict[tuple[int, int], _Graph] = {}
-        rows = _bucket(slots, _GRAPH_ROWS)
         self._tables = torch.zeros(slots, self._width, dtype=torch.int64, device=self.device)
-        self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=self.device)
-        self._cu_seqlens = torch.arange(rows + 1, device=self.device)
+        self.graphs: StepGraphs | None = None
+        if self.device.type == "cuda":
+            from sse_rl.rollout.graphs import StepGraphs
+
+            self.graphs = StepGraphs(
+                self._step,
+                slots=slots,
+                pages=self._width,
+                page_size=page_size,
+                device=self.device,
+            )
 
     def prefill(self, pieces: list[Piece]) -> Fed:
         """Feeds prompt tokens of several jobs, packed into one row."""
         if fresh := {piece.job.slot: piece.job.pages for piece in pieces if piece.start == 0}:
-            self.cache.reset(list(fresh))
+            self.cache.reset(self._tensor(np.fromiter(fresh, np.int64)))
             self._map(fresh)
         lengths = [piece.stop - piece.start for piece in pieces]
         tokens = [np.asarray(p.job.request.prompt_token_ids[p.start : p.stop]) for p in pieces]
@@ -87,7 +91,7 @@ class Runner:
         starts = [piece.start for piece in pieces]
         slots = [piece.job.slot for piece in pieces]
         fed = sum(lengths)
-        padding = _bucket(fed) - fed
+        padding = padded_rows(fed) - fed
         if max(lengths) == 1 and padding < 2:
             padding += 8  # pieces of one token only would take the recurrent path
         if padding:
@@ -117,31 +121,46 @@ class Runner:
             for piece, end in zip(pieces, ends, strict=False)
             if piece.stop == piece.job.length
         ]
-        rows = np.zeros(_bucket(len(last)), np.int64)
+        rows = np.zeros(padded_rows(len(last)), np.int64)
         rows[: len(last)] = last
         logits = self.model.logits(output.hidden[self._tensor(rows)])[: len(last)]
-        return Fed(logits, output.routing_ids[:fed].cpu().numpy())
+        return Fed(logits, Arrival(output.routing_ids[:fed]))
 
-    def decode(self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> Fed:
-        """Feeds one token to each slot, [B] each; `positions` counts what the cache holds."""
-        count, context = len(slots), int(positions.max()) + 1
-        if self.device.type == "cuda":
-            logits, routing = self._replay(slots, tokens, positions, context)
-        else:
-            rows = _bucket(count)
-            self._fill(rows, slots, tokens, positions)
-            logits, routing = self._step(rows, context)
-        return Fed(logits[:count], routing[:count].cpu().numpy())
+    def first(self, slots: np.ndarray, logits: Tensor, lanes: Lanes) -> Arrival:
+        """Samples the first token of each slot from the prompts' logits [B, V]: tokens [B] and
+        log-probs [B]."""
+        if self.graphs is not None:
+            return self.graphs.first(slots, logits, lanes)
+        return Arrival(*sample(logits, lanes.knobs(slots)))
 
-    def fork(self, job: Job, sequences: list[Sequence]) -> None:
+    def decode(self, slots: np.ndarray, lanes: Lanes) -> Arrival:
+        """Feeds each slot's last token and samples the next: tokens [B], log-probs [B] and the fed
+        tokens' routing [B, L_sse, K] uint8. On a GPU the last token may still be on its way."""
+        positions = lanes.positions(slots)
+        longest = int(positions.max()) + 1
+        if self.graphs is not None:
+            return self.graphs.step(slots, longest)
+        inputs = np.zeros((3, padded_rows(len(slots))), np.int64)
+        inputs[:, : len(slots)] = lanes.token[slots], positions, slots
+        fed, at, index = torch.from_numpy(inputs)
+        logits, routing = self._step(fed, at, index, -(-longest // self._page_size))
+        tokens, logprobs = sample(logits[: len(slots)], lanes.knobs(slots))
+        return Arrival(tokens, logprobs, routing[: len(slots)])
+
+    def fork(self, sequences: list[Sequence]) -> None:
         """Gives samples their prompt's state and a copy of its last page where that is not full."""
-        copies = [sequence for sequence in sequences if not sequence.inherits]
-        if copies:
-            self.cache.fork(job.slot, [sequence.slot for sequence in copies])
-        full, rest = divmod(job.length, self._page_size)
+        states, pages = [], []
         for sequence in sequences:
-            if rest and job.pages and not sequence.inherits:
-                self.cache.copy_page(job.pages[full], sequence.pages[full])
+            if sequence.inherits:
+                continue
+            job = sequence.job
+            states.append((job.slot, sequence.slot))
+            full, rest = divmod(job.length, self._page_size)
+            if rest and job.pages:
+                pages.append((job.pages[full], sequence.pages[full]))
+        for pairs, copy in ((states, self.cache.fork), (pages, self.cache.copy_pages)):
+            if pairs:
+                copy(*self._tensor(np.array(pairs).T.copy()))
         self._map({sequence.slot: sequence.pages for sequence in sequences})
 
     def load(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -158,54 +177,21 @@ class Runner:
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])
 
-    def _fill(
-        self, rows: int, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray
-    ) -> None:
-        inputs = np.zeros((3, rows), np.int64)
-        inputs[:, : len(slots)] = tokens, positions, slots
-        self._inputs[:, :rows].copy_(torch.from_numpy(inputs))
-
-    def _replay(
-        self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, context: int
+    def _step(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, pages: int
     ) -> tuple[Tensor, Tensor]:
-        """The decode step as a graph, captured on first use. What it returns is overwritten by the
-        next step, of any size."""
-        rows = _bucket(len(slots), _GRAPH_ROWS)
-        pages = min(1 << (-(-context // self._page_size) - 1).bit_length(), self._width)
-        if (rows, pages) not in self._graphs:
-            self._graphs[rows, pages] = self._capture(rows, pages * self._page_size)
-        graph = self._graphs[rows, pages]
-        self._fill(rows, slots, tokens, positions)
-        graph.replay.replay()
-        return graph.logits, graph.routing
-
-    def _capture(self, rows: int, context: int) -> _Graph:
-        self._inputs.zero_()  # the runs before the capture touch scratch alone
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step(rows, context)
-        torch.cuda.current_stream().wait_stream(stream)
-        pool = next((graph.replay.pool() for graph in self._graphs.values()), None)
-        replay = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(replay, pool=pool):
-            logits, routing = self._step(rows, context)
-        return _Graph(replay, logits, routing)
-
-    def _step(self, rows: int, context: int) -> tuple[Tensor, Tensor]:
-        tokens, positions, slots = self._inputs[:, :rows]
+        """One token [R] of each slot [R] -> logits [R, V] fp32 and routing [R, L_sse, K] uint8."""
         output = self.model.packed(
             tokens,
             PackedInputs(
-                cu_seqlens=self._cu_seqlens[: rows + 1],
+                cu_seqlens=torch.arange(len(tokens) + 1, device=self.device),
                 positions=positions,
                 max_seqlen=1,
                 cache=self.cache,
                 slots=slots,
-                block_table=self._tables[slots, : -(-context // self._page_size)],
+                block_table=self._tables[slots, :pages],
                 context_lens=positions,
-                max_context=context,
+                max_context=pages * self._page_size,
             ),
         )
         return self.model.logits(output.hidden), output.routing_ids
@@ -215,11 +201,8 @@ class Runner:
         rows = np.zeros((len(pages), self._width), np.int64)
         for row, mine in zip(rows, pages.values(), strict=True):
             row[: len(mine)] = mine
-        self._tables[list(pages)] = self._tensor(rows)
+        slots = self._tensor(np.fromiter(pages, np.int64))
+        self._tables.index_copy_(0, slots, self._tensor(rows))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-
-def _bucket(rows: int, multiple: int = 8) -> int:
-    return max(16, -(-rows // multiple) * multiple)
+        return send(array, self.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sse_rl.types import Request
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sse_rl.rollout.arrival import Arrival
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +34,8 @@ class Job:
     """Samples that have a slot and pages, running and finished ones included."""
     samples: list[Sequence] = field(default_factory=list)
     """Those placed and not finished, in order of their index."""
-    routing: list[np.ndarray] = field(default_factory=list)
-    """[P, L_sse, K] uint8, in pieces as prefilled."""
+    routing: list[tuple[Arrival, slice]] = field(default_factory=list)
+    """[P, L_sse, K] uint8, in pieces as prefilled: each some rows of what a call fed."""
     logits: Tensor | None = None
     """[1, V] fp32 of the prompt's last token, once it is prefilled."""
     version: int = 0

@@ -1,7 +1,7 @@
 """`sampler.sample` in one launch, for rows whose parameters and counters stand on the GPU.
 
-One program a row. The random number, the cuts and the draw need no sort and no copy of the row: what
-top-k and top-p keep is found by bisection over the values that an fp32 number can take.
+One program a row. The random number, the cuts and the draw need no sort and no copy of the row:
+what top-k and top-p keep is found by bisection over the values that an fp32 number can take.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -10,34 +10,53 @@ top-k and top-p keep is found by bisection over the values that an fp32 number c
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sse_rl.rollout.arrival import send
+from sse_rl.rollout.lanes import Lanes
 from sse_rl.rollout.sampler import GREEDY_BELOW
 
 _BLOCK = 4096
 
 
-def triton_sample(
-    logits: Tensor,
-    slots: Tensor,
-    *,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    key: Tensor,
-    count: Tensor,
-    block: int = _BLOCK,
-) -> tuple[Tensor, Tensor]:
-    """Tokens [R] int64 and log-probs [R] fp32 of logits [R, V]; row r has the parameters of slots[r].
+class SamplerTables:
+    """What a step needs to know of each of S slots, on the device: [S] tensors.
 
-    By slot: temperature, top_p, min_p fp32, top_k and count int64, and key, the uint64 of
-    `sampler.stream_key` as int64. Which tokens a row may draw and what decides is `sampler.sample`'s
-    definition, and the random number is `sampler.uniforms(key, count)`; sums are rounded in another
-    order, so a draw within rounding of a boundary may fall on the other side.
+    token, position: the last sampled token and where it stands, not yet fed; count: tokens sampled;
+    key: `sampler.stream_key` as int64; and the sampling parameters. Slot 0 is scratch and stays 0.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        whole = torch.zeros(5, slots, dtype=torch.int64, device=device)
+        parts = torch.zeros(3, slots, dtype=torch.float32, device=device)
+        self.token, self.position, self.count, self.key, self.top_k = whole
+        self.temperature, self.top_p, self.min_p = parts
+        self._whole, self._parts = whole, parts
+
+    def open(self, index: Tensor, lanes: Lanes, slots: np.ndarray) -> None:
+        """Samples begin in `slots`, which `index` holds on the device."""
+        none = np.zeros_like(slots)
+        knobs = lanes.knobs(slots)
+        key = lanes.key[slots].view(np.int64)
+        whole = np.stack([none, lanes.prompt[slots] - 1, none, key, knobs.top_k])
+        parts = np.stack([knobs.temperature, knobs.top_p, knobs.min_p])
+        self._whole.index_copy_(1, index, send(whole, index.device))
+        self._parts.index_copy_(1, index, send(parts, index.device))
+
+
+def triton_sample(
+    logits: Tensor, slots: Tensor, tables: SamplerTables, *, block: int = _BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Tokens [R] int64 and log-probs [R] fp32 of logits [R, V], row r for slot slots[r] [R].
+
+    The slot's token becomes the one drawn, its position and count grow by one. Which tokens may be
+    drawn and what decides is `sampler.sample`'s definition, with `sampler.uniforms(key, count)`;
+    sums are rounded in another order, so that a draw within rounding of a boundary may fall on its
+    other side.
     """
     rows, width = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -45,7 +64,8 @@ def triton_sample(
     block = min(block, max(triton.next_power_of_2(width), 16))
     blocks = triton.cdiv(width, block)
     sample_kernel[(rows,)](
-        logits.contiguous(), slots, temperature, top_k, top_p, min_p, key, count, tokens, logprobs,
+        logits.contiguous(), slots, tables.temperature, tables.top_k, tables.top_p, tables.min_p,
+        tables.key, tables.token, tables.position, tables.count, tokens, logprobs,
         V=width, NB=blocks, NBP=max(triton.next_power_of_2(blocks), 2), BLOCK=block,
         GREEDY=GREEDY_BELOW, num_warps=8 if block >= 4096 else 4,
     )  # fmt: skip
@@ -54,7 +74,7 @@ def triton_sample(
 
 @triton.jit
 def sample_kernel(
-    logits, slots, temperature, top_k, top_p, min_p, key, count, tokens, logprobs,
+    logits, slots, temperature, top_k, top_p, min_p, key, last, position, count, tokens, logprobs,
     V: tl.constexpr, NB: tl.constexpr, NBP: tl.constexpr, BLOCK: tl.constexpr,
     GREEDY: tl.constexpr,
 ):  # fmt: skip
@@ -89,9 +109,7 @@ def sample_kernel(
         kept = _mass(row, heat, largest, low, V, NB, BLOCK, False)
         # Mass that must lie at or above the smallest value kept, short of what is cut below it.
         enough = kept - (1 - p) * kept
-        low, high = _bisect(
-            row, heat, largest, low, _order(largest), enough, V, NB, BLOCK, False
-        )
+        low, high = _bisect(row, heat, largest, low, _order(largest), enough, V, NB, BLOCK, False)
         floor = _value(low)
         above = _mass(row, heat, largest, low + 1, V, NB, BLOCK, False)
         ties = _mass(row, heat, largest, low, V, NB, BLOCK, True)
@@ -101,7 +119,7 @@ def sample_kernel(
 
     i_n = tl.arange(0, NBP)
     sums, seen = tl.zeros([NBP], tl.float32), tl.zeros([NBP], tl.int32)
-    passed = 0
+    sampled, passed = tl.load(count + slot), 0
     for i in range(NB):
         n, x = _block(row, i, heat, V, BLOCK)
         keep, ties = _kept(x, floor, spared, passed)
@@ -109,10 +127,10 @@ def sample_kernel(
         seen = tl.where(i_n == i, passed, seen)
         passed += ties
     reached = tl.cumsum(sums, axis=0)
-    target = _uniform(tl.load(key + slot), tl.load(count + slot)) * tl.max(reached, axis=0)
+    target = _uniform(tl.load(key + slot), sampled) * tl.max(reached, axis=0)
     # The last block that holds anything, if rounding leaves none beyond the target.
-    last = tl.max(tl.where(sums > 0, i_n, 0), axis=0)
-    i = tl.min(tl.where((reached > target) & (sums > 0), i_n, last), axis=0)
+    end = tl.max(tl.where(sums > 0, i_n, 0), axis=0)
+    i = tl.min(tl.where((reached > target) & (sums > 0), i_n, end), axis=0)
     before = tl.max(tl.where(i_n < i, reached, 0.0), axis=0)
     n, x = _block(row, i, heat, V, BLOCK)
     keep, ties = _kept(x, floor, spared, tl.sum(tl.where(i_n == i, seen, 0), axis=0))
@@ -122,6 +140,9 @@ def sample_kernel(
     token = tl.where(token == V, tl.max(tl.where(probs > 0, n, 0), axis=0), token)
     token = tl.where(greedy, tl.minimum(best, V - 1), token)
     tl.store(tokens + i_r, token.to(tl.int64))
+    tl.store(last + slot, token.to(tl.int64), mask=slot > 0)
+    tl.store(count + slot, sampled + 1, mask=slot > 0)
+    tl.store(position + slot, tl.load(position + slot) + 1, mask=slot > 0)
     chosen = tl.load(row + token).to(tl.float32) / heat
     tl.store(logprobs + i_r, chosen - largest - tl.log(whole))
 

@@ -84,11 +84,10 @@ def test_a_fork_continues_like_its_parent(model):
     tokens = text(40)
     rows = Rows(model, 3)
     rows.feed({0: tokens[:33]})
-    rows.cache.fork(1, [2, 3])
+    rows.cache.fork([1, 1], [2, 3])
     for row in (1, 2):
         rows.lengths[row] = 33
-        for page in range(3):
-            rows.cache.copy_page(int(rows.table[0, page]), int(rows.table[row, page]))
+        rows.cache.copy_pages(rows.table[0, :3], rows.table[row, :3])
     fed = rows.feed({0: tokens[33:34], 2: tokens[33:34], 1: tokens[33:34]}, scratch=13)
     assert torch.equal(fed[0], fed[1]) and torch.equal(fed[0], fed[2])
     assert (fed[0] - whole(model, tokens[:34])[-1]).abs().max() < TOLERANCE

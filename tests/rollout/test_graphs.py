@@ -34,4 +34,4 @@ def test_a_captured_step_gives_the_logprobs_of_a_plain_forward(
                 chosen = logprobs.gather(1, torch.tensor(sampled, device="cuda")[:, None])[:, 0]
                 np.testing.assert_allclose(completion.logprobs, chosen.cpu(), atol=1e-4, rtol=0)
         engine.set_weights(other, version=version + 1)
-    assert len(engine._runner._graphs) > 1
+    assert len(engine._runner.graphs) > 1

@@ -1,0 +1,203 @@
+"""Tokens a second of the rollout engine on one GPU, and where a decode step's time goes.
+
+    python benchmarks/rollout_gpu.py            # writes results/rollout-gpu-<device>.json
+
+Two models with random weights in bf16: the quickstart's, and an SSE-H of the size of SmolLM2-135M
+with one layer in four softmax attention. Random prompts of 200 tokens, 8 answers of 300 tokens
+each, as many samples as the batch says, all running together. The second of two such rollouts is
+timed; the first captures the graphs. Of a step at the full batch it also says how long the GPU
+takes when the same graph is replayed, and what the GPU does in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sse_rl.model import SSEConfig, SSEForCausalLM
+from sse_rl.rollout.engine import Engine
+from sse_rl.types import Request, SamplingParams
+
+PAGE = 64
+MODELS: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_heads": 3,
+        "head_dim": 16,
+        "use_short_conv": True,
+        "intermediate_size": 256,
+        "vocab_size": 259,
+        "attn": {"layers": [1], "num_heads": 3},
+    },
+    "smollm2": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_heads": 9,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "attn": {"layers": list(range(2, 30, 4)), "num_heads": 9, "num_kv_heads": 3},
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[64, 256, 512])
+    parser.add_argument("--prompt-tokens", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--answers", type=int, default=8)
+    parser.add_argument("--state-dtype", default="float32")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--variant", choices=["gla", "gdn"], default="gla")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", help="where the tree is no git checkout")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        for batch in options.batches:
+            rows.append(run(name, batch, options))
+            print(json.dumps(rows[-1]), flush=True)
+    write(options, rows)
+
+
+def run(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Two rollouts of one model and batch; the figures of the second."""
+    engine = build(name, batch, options)
+    seconds, before = [], engine.stats
+    for seed in range(2):
+        before = replace(engine.stats)
+        began = time.perf_counter()
+        engine.generate(requests(engine, batch, options, seed))
+        seconds.append(time.perf_counter() - began)
+    inside = engine.stats.seconds - before.seconds
+    waited = engine.stats.waited - before.waited
+    steps = engine.stats.decode_steps - before.decode_steps
+    row = {
+        "case": f"{name}, batch {batch}",
+        "tokens_per_s": batch * options.tokens / seconds[1],
+        "first_rollout_s": seconds[0],
+        "ms_per_step": 1e3 * inside / steps,
+        "host_ms_per_step": 1e3 * (inside - waited) / steps,
+    }
+    if engine._runner.graphs is not None:
+        row |= step_times(engine)
+    return row
+
+
+def build(name: str, batch: int, options: argparse.Namespace) -> Engine:
+    torch.manual_seed(0)
+    config = SSEConfig(
+        num_sparse_partition=4,
+        num_writer=1,
+        num_reader=1,
+        linear_attn_type=options.variant,
+        max_position_embeddings=4096,
+        **MODELS[name],
+    )
+    with torch.device(options.device):
+        model = SSEForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    longest = options.prompt_tokens + options.tokens
+    return Engine(
+        model,
+        max_num_seqs=batch,
+        num_pages=(batch + 1) * -(-longest // PAGE) + 1,
+        page_size=PAGE,
+        max_num_batched_tokens=16384,
+        eos_token_ids=(0,),
+        max_model_len=longest,
+        state_dtype=getattr(torch, options.state_dtype),
+    )
+
+
+def requests(engine: Engine, batch: int, options: argparse.Namespace, seed: int) -> list[Request]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch // options.answers, options.prompt_tokens)
+    prompts = torch.randint(1, engine._vocab_size, shape, generator=generator).tolist()
+    params = SamplingParams(
+        n=options.answers,
+        max_tokens=options.tokens,
+        ignore_eos=True,
+        seed=seed,
+        top_p=options.top_p,
+    )
+    return [Request(str(i), tuple(ids), params) for i, ids in enumerate(prompts)]
+
+
+def step_times(engine: Engine) -> dict[str, Any]:
+    """The largest graph, replayed on the states that the rollout left: ms a step, and of what."""
+    graphs = engine._runner.graphs
+    assert graphs is not None
+    replay = graphs.largest().replay
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(5):
+        start.record(), replay.replay(), stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        replay.replay()
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    kernels = 0
+    for event in profile.key_averages():
+        spent[kind(event.key)] += event.self_device_time_total / 1e3
+        kernels += event.count
+    return {
+        "gpu_ms_per_step": sorted(times)[2],
+        "kernels_per_step": kernels,
+        "gpu_ms_by_kind": {name: round(ms, 4) for name, ms in spent.most_common()},
+    }
+
+
+def kind(kernel: str) -> str:
+    kinds = {
+        "sampling": ("sample_kernel",),
+        "attention": ("paged_attention", "join_parts", "rotate_kernel"),
+        "recurrence": ("gla_", "gdn_", "sse_", "partitions"),
+        "products": ("gemm", "gemv", "cutlass", "nvjet", "splitK", "xmma", "cublas"),
+    }
+    return next((k for k, names in kinds.items() if any(n in kernel for n in names)), "other")
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    cuda = options.device == "cuda"
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(commit, capture_output=True, text=True, check=False)
+    result = {
+        "name": "rollout-gpu",
+        "device": device,
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__ if cuda else None,
+        "commit": options.commit or found.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+        "command": "python benchmarks/rollout_gpu.py",
+        "shape": {
+            key: value for key, value in vars(options).items() if key not in ("device", "commit")
+        },
+        "rows": rows,
+    }
+    path = (
+        Path(__file__).parent / "results" / f"rollout-gpu-{device.replace(' ', '-').lower()}.json"
+    )
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
