@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from sse_kernels import paged_attention, rotate, rotate_into_pages
+from sse_kernels.attention.op import triton_serves
 from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
@@ -63,10 +64,10 @@ class SoftmaxAttention(nn.Module):
     def _attend_pages(
         self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, cache: SlotCache
     ) -> Tensor:
-        """q, k, v before RoPE; k and v go to the cache. What autograd follows is gathered."""
+        """q, k, v before RoPE; k and v go to the cache. Without a kernel the pages are gathered."""
         assert seqs.block_table is not None and seqs.context_lens is not None
         pages = cache.k[self.index], cache.v[self.index]
-        if q.is_cuda and not q.requires_grad:
+        if triton_serves(q) and q.dtype == pages[0].dtype and not q.requires_grad:
             lengths = {
                 "context_lens": seqs.context_lens,
                 "cu_seqlens": None if seqs.max_seqlen == 1 else seqs.cu_seqlens,
