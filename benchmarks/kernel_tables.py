@@ -151,6 +151,24 @@ def _by_shape_and_form(result: dict[str, Any]) -> dict[tuple[str, str], dict[str
     return cells
 
 
+def attention() -> str:
+    """Microseconds of paged decode attention, its share of the copy bandwidth, and the baselines."""
+    result = _result("attention")
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["shape"], {})[row["form"], row["unit"]] = row["value"]
+    forms = ["gathered, SDPA", "varlen_attn, no pages"]
+    lines = []
+    for shape, values in found.items():
+        ours = values["triton", "us"]
+        share = f"{100 * values['triton', 'of copy bandwidth']:.0f} %"
+        others = [values.get((form, "us")) for form in forms]
+        ratios = ["" if other is None else f"{other / ours:.1f} x" for other in others]
+        lines.append([shape, f"{_three(ours)}", share, *ratios])
+    head = ["32 heads in groups of 4, bf16", "us", "of copy bandwidth", *forms]
+    return _table(head, lines) + _note(result)
+
+
 def _result(name: str) -> dict[str, Any]:
     (path,) = RESULTS.glob(f"{name}-nvidia*.json")
     return json.loads(path.read_text())
@@ -193,4 +211,5 @@ TABLES = {
     "kernel_first_calls": first_calls,
     "head_times": head_times,
     "head_errors": head_errors,
+    "kernel_attention": attention,
 }

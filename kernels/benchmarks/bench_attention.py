@@ -14,37 +14,21 @@ Writes kernels/benchmarks/results/attention-<device>.json.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
-import triton
-from bench_sse import ceilings
+from measure import Row, arguments, ceilings, graph_milliseconds, save, shown
 from sse_kernels import paged_attention
 from sse_kernels.attention.triton_paged import Tile, triton_paged_attention
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
 
-RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, PAGE = 32, 4, 64
-
-
-class Row(NamedTuple):
-    """One line of the results; ratio is baseline / ours for times, ours / baseline for rates."""
-
-    case: str
-    ours: float
-    baseline: float | None
-    unit: str
-    ratio: float | None
 
 
 class Problem:
@@ -100,67 +84,43 @@ class Problem:
 
     def microseconds(self, call: Callable[[], object]) -> float:
         """Of one layer, in a CUDA graph that runs all."""
-        return 1e3 * float(do_bench_cudagraph(call, rep=20, return_mode="median")) / len(self.pages)  # pyright: ignore
+        return 1e3 * graph_milliseconds(call) / len(self.pages)
 
 
-def bench(batch: int, context: int, width: int, copy_gb_s: float) -> list[Row]:
-    problem = Problem(batch, context, width)
-    case = f"batch {batch}, context {context}, D={width}"
-    ours = problem.microseconds(problem.ours)
-    rate = problem.bytes / ours / 1e3
-    rows = [Row(f"{case}: rate", rate, copy_gb_s, "GB/s", rate / copy_gb_s)]
-    found = problem.ours()[0]
-    for name, prepare in (
-        ("gathered SDPA", lambda: problem.gathered),
-        ("varlen_attn", problem.varlen),
-    ):
-        if 6 * problem.pages.nbytes > 60e9:  # groups repeated, and what SDPA makes of them
-            continue
-        baseline = prepare()
-        difference = float((baseline()[0].float() - found.float()).abs().max())
-        assert difference < 2e-2, f"{case}: {name} differs by {difference}"
-        theirs = problem.microseconds(baseline)
-        rows.append(Row(f"{case}: against {name}", ours, theirs, "us", theirs / ours))
-        del baseline
-        torch.cuda.empty_cache()
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    commit = arguments.commit or subprocess.check_output(
-        ["git", "rev-parse", "--short", "HEAD"], text=True, cwd=RESULTS.parent
-    ).strip()  # fmt: skip
-    device, top = torch.cuda.get_device_name(), ceilings()
-    rows: list[Row] = []
+def steps(copy_gb_s: float) -> Iterator[Row]:
+    """Microseconds of a layer at every size, and the share of the copy bandwidth."""
     for width in (64, 128):
         for batch in (1, 64, 256):
             for context in (1024, 4096, 16384):
-                found = bench(batch, context, width, top["copy_gb_s"])
-                rows += found
-                for row in found:
-                    print(
-                        f"{row.case:60s} {row.ours:9.4g} {row.unit:5s} {row.ratio:.2f}", flush=True
-                    )
+                yield from size(batch, context, width, copy_gb_s)
                 torch.cuda.empty_cache()
-    report = {
-        "name": "attention",
-        "device": device,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "command": "python kernels/benchmarks/bench_attention.py",
-        "ceilings": top,
-        "rows": [row._asdict() for row in rows],
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"attention-{device.replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(path)
+
+
+def size(batch: int, context: int, width: int, copy_gb_s: float) -> Iterator[Row]:
+    problem, case = Problem(batch, context, width), "paged decode attention"
+    shape = f"batch {batch}, context {context}, D={width}"
+    ours = problem.microseconds(problem.ours)
+    yield Row(case, shape, "triton", ours, "us")
+    yield Row(case, shape, "triton", problem.bytes / ours / 1e3 / copy_gb_s, "of copy bandwidth")
+    if 6 * problem.pages.nbytes > 60e9:  # groups repeated, and what SDPA makes of them
+        return
+    found = problem.ours()[0].float()
+    for form, prepare in {
+        "gathered, SDPA": lambda: problem.gathered,
+        "varlen_attn, no pages": problem.varlen,
+    }.items():
+        baseline = prepare()
+        difference = float((baseline()[0].float() - found).abs().max())
+        assert difference < 2e-2, f"{shape}: {form} differs by {difference}"
+        yield Row(case, shape, form, problem.microseconds(baseline), "us")
+        del baseline
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    options = arguments(argparse.ArgumentParser())
+    top = ceilings()
+    save("attention", shown(steps(top["copy_gb_s"])), options, ceilings=top)
 
 
 if __name__ == "__main__":
