@@ -152,7 +152,7 @@ def _by_shape_and_form(result: dict[str, Any]) -> dict[tuple[str, str], dict[str
 
 
 def attention() -> str:
-    """Microseconds of paged decode attention, its share of the copy bandwidth, and the baselines."""
+    """Microseconds of paged decode attention, its share of copy bandwidth, and the baselines."""
     result = _result("attention")
     found: dict[str, dict[tuple[str, str], float]] = {}
     for row in result["rows"]:

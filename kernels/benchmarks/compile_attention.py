@@ -42,7 +42,7 @@ def compile_kernel(
     constants = {
         "G": group, "GP": group, "H": 4 * group, "HP": 4 * group, "HKV": 4, "HKVP": 4,
         "D": width, "DP": width, "HALF": half, "HALFP": half, "PAGE": 64, "BQ": queries,
-        "BM": tile.rows, "BN": tile.keys, "BS": 16, "WINDOW": 0,
+        "BM": tile.rows, "BN": min(tile.keys, 64), "NP": 8, "SPAN": 512, "BS": 16, "WINDOW": 0,
         "SPLIT": 0 if name == "prefill" else 512, "SEVERAL": decode, "PRECISION": "tf32",
     }  # fmt: skip
     if decode:

@@ -23,6 +23,8 @@ from .triton_tiles import load_pages, sequence_of
 
 _JOIN = 16
 """Parts that are joined at once."""
+_SPAN = 512
+"""Keys of a prefill whose page numbers are read at once."""
 
 
 class Tile(NamedTuple):
@@ -75,19 +77,22 @@ def triton_paged_attention(
         return o
     decode, group = cu_seqlens is None, triton.next_power_of_2(heads // kv_heads)
     tile = tile or (decode_tile if decode else prefill_tile)(width, q.dtype)
-    assert split % tile.keys == 0, f"split = {split} is no multiple of {tile.keys} keys"
+    keys = math.gcd(tile.keys, page)  # a tile's keys lie in one page
+    assert split % keys == 0, f"split = {split} is no multiple of {keys} keys"
     queries = 1 if decode else max(tile.rows // group, 1)
     tiles = tokens if decode else tokens // queries + len(context_lens)
     parts = _parts(block_table.shape[1] * page, window, split) if decode else 1
     several = parts > 1
     part = q.new_empty((tokens, heads, parts, width) if several else 0, dtype=torch.float32)
     norm = q.new_empty((tokens, heads, parts, 2) if several else 0, dtype=torch.float32)
+    span = split if decode else max(_SPAN, keys)
+    columns = triton.next_power_of_2(-(-span // page) + (span % page != 0))
     width_pow2 = max(triton.next_power_of_2(width), 16)
     paged_attention_kernel[(tiles * kv_heads, parts)](
         q, k_pages, v_pages, o, part, norm, block_table, context_lens, cu_seqlens,
         width**-0.5 * math.log2(math.e), block_table.stride(0), len(context_lens), pages, parts,
         G=heads // kv_heads, GP=group, HKV=kv_heads, D=width, DP=width_pow2, PAGE=page,
-        BQ=queries, BM=max(queries * group, tile.rows), BN=tile.keys,
+        BQ=queries, BM=max(queries * group, tile.rows), BN=keys, NP=columns, SPAN=span,
         WINDOW=window or 0, SPLIT=split if decode else 0, SEVERAL=several,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
@@ -111,7 +116,8 @@ def paged_attention_kernel(
     q, k_pages, v_pages, o, part, norm, block_table, context_lens, cu_seqlens,
     scale, stride, B, P, parts,
     G: tl.constexpr, GP: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    PAGE: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PAGE: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr,
+    SPAN: tl.constexpr,
     WINDOW: tl.constexpr, SPLIT: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_h, i_tile = tl.program_id(0) % HKV, tl.program_id(0) // HKV
@@ -145,27 +151,31 @@ def paged_attention_kernel(
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, DP], tl.float32)
-    for j in range(low // BN * BN, high, BN):
-        n = j + tl.arange(0, BN)
-        inside = n < high
-        page = load_pages(block_table, i_b, stride, n // PAGE, inside, P)
-        at = ((page * PAGE + n % PAGE) * HKV + i_h) * D
-        inner = inside[None, :] & (i_d < D)[:, None]
-        b_k = tl.load(k_pages + at[None, :] + i_d[:, None], mask=inner, other=0.0)
-        scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-        seen = n[None, :] <= position
-        if WINDOW:
-            seen = seen & (n[None, :] > position - WINDOW)
-        scores = tl.where(seen, scores, -1e30)
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        kept = tl.exp2(top - new_top)
-        total = total * kept + tl.sum(weights, axis=1)
-        inner = inside[:, None] & (i_d < D)[None, :]
-        b_v = tl.load(v_pages + at[:, None] + i_d[None, :], mask=inner, other=0.0)
-        b_o = b_o * kept[:, None]
-        b_o = tl.dot(weights.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-        top = new_top
+    # Page numbers come before the loop over them: loads that wait for loads are not pipelined.
+    i_p = tl.arange(0, NP)
+    for span in range(low // SPAN * SPAN, high, SPAN):
+        pages = load_pages(block_table, i_b, stride, span // PAGE + i_p, tl.cdiv(high, PAGE), P)
+        for j in range(tl.maximum(low // BN * BN, span), tl.minimum(high, span + SPAN), BN):
+            page = tl.sum(tl.where(i_p == j // PAGE - span // PAGE, pages, 0), axis=0)
+            n = j + tl.arange(0, BN)
+            inside = n < high
+            at = ((page.to(tl.int64) * PAGE + n % PAGE) * HKV + i_h) * D
+            inner = inside[None, :] & (i_d < D)[:, None]
+            b_k = tl.load(k_pages + at[None, :] + i_d[:, None], mask=inner, other=0.0)
+            scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+            seen = n[None, :] <= position
+            if WINDOW:
+                seen = seen & (n[None, :] > position - WINDOW)
+            scores = tl.where(seen, scores, -1e30)
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+            kept = tl.exp2(top - new_top)
+            total = total * kept + tl.sum(weights, axis=1)
+            inner = inside[:, None] & (i_d < D)[None, :]
+            b_v = tl.load(v_pages + at[:, None] + i_d[None, :], mask=inner, other=0.0)
+            b_o = b_o * kept[:, None]
+            b_o = tl.dot(weights.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+            top = new_top
 
     if SEVERAL:
         place = head * parts + tl.program_id(1)

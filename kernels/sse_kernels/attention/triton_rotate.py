@@ -61,8 +61,8 @@ def rotate_kernel(
     else:
         i_b = sequence_of(cu_seqlens, i_t, B, 0)
         position = tl.load(context_lens + i_b) + i_t - tl.load(cu_seqlens + i_b)
-    page = load_pages(block_table, i_b, stride, position // PAGE, True, P)
-    row = page * PAGE + position % PAGE
+    page = load_pages(block_table, i_b, stride, position // PAGE, position // PAGE + 1, P)
+    row = page.to(tl.int64) * PAGE + position % PAGE
     i_d = tl.arange(0, HALFP)[None, :]
     angle = position.to(tl.float32) * tl.load(frequency + i_d, mask=i_d < HALF, other=0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)

@@ -30,7 +30,9 @@ def sequence_of(cu_seqlens, x, B, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_pages(block_table, i_b, stride, columns, mask, P):
-    """Page numbers of a sequence's table; one outside the pool is clamped."""
-    pages = tl.load(block_table + i_b.to(tl.int64) * stride + columns, mask=mask, other=0)
-    return tl.minimum(tl.maximum(pages, 0), P - 1).to(tl.int64)
+def load_pages(block_table, i_b, stride, columns, end, P):
+    """Page numbers of a sequence's table, 0 from column `end` on; those outside the pool are
+    clamped."""
+    row = block_table + i_b.to(tl.int64) * stride
+    pages = tl.load(row + columns, mask=columns < end, other=0)
+    return tl.minimum(tl.maximum(pages, 0), P - 1).to(tl.int32)
