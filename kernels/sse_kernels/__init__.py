@@ -12,6 +12,7 @@ from .delta.chunk import chunk_sse_gdn
 from .delta.naive import naive_sse_gdn
 from .delta.op import sse_gdn, sse_gdn_step
 from .delta.recurrent import recurrent_sse_gdn, recurrent_sse_gdn_step
+from .elementwise import add_rms_norm, silu_mul
 from .gla.chunk import chunk_sse_gla
 from .gla.naive import naive_sse_gla
 from .gla.op import sse_gla, sse_gla_step
@@ -26,6 +27,7 @@ __all__ = [
     "InputWeights",
     "LayerInputs",
     "Routing",
+    "add_rms_norm",
     "causal_conv",
     "causal_conv_step",
     "chunk_sse_gdn",
@@ -47,6 +49,7 @@ __all__ = [
     "rotate",
     "rotate_into_pages",
     "route",
+    "silu_mul",
     "sse_gdn",
     "sse_gdn_layer_step",
     "sse_gdn_step",

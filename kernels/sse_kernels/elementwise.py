@@ -1,0 +1,48 @@
+"""What stands between a block's products while decoding, where a launch costs more than its work.
+
+Each equals the torch composition it replaces: rounded where that rounds. No gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import expect, expect_float, expect_tensor
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(a) * b of x = [a, b] [T, 2W] -> [T, W]."""
+    op = "silu_mul"
+    expect_float(op, "x", x)
+    expect(x.dim() == 2 and x.shape[1] % 2 == 0, op, "x", "shape [T, 2W]", list(x.shape))
+    if _on_triton(x):
+        from .triton_elementwise import triton_silu_mul
+
+        return triton_silu_mul(x)
+    a, b = x.chunk(2, -1)
+    return F.silu(a) * b
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and its RMSNorm, [T, d] both, of x, y [T, d] and weight [d] of one dtype."""
+    op = "add_rms_norm"
+    expect_float(op, "x", x)
+    expect(x.dim() == 2, op, "x", "shape [T, d]", list(x.shape))
+    expect_tensor(op, "y", y, "[T, d]", tuple(x.shape), x.device)
+    expect_tensor(op, "weight", weight, "[d]", (x.shape[1],), x.device)
+    for name, tensor in (("y", y), ("weight", weight)):
+        expect(tensor.dtype == x.dtype, op, name, f"{x.dtype} as x", tensor.dtype)
+    if _on_triton(x):
+        from .triton_elementwise import triton_add_rms_norm
+
+        return triton_add_rms_norm(x, y, weight, eps)
+    total = x + y
+    return total, F.rms_norm(total, weight.shape, weight, eps)
+
+
+def _on_triton(x: Tensor) -> bool:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    return x.is_cuda and x.dtype != torch.float64
