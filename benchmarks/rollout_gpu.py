@@ -107,8 +107,7 @@ def build(name: str, batch: int, options: argparse.Namespace) -> Engine:
         max_position_embeddings=4096,
         **MODELS[name],
     )
-    with torch.device(options.device):
-        model = SSEForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    model = SSEForCausalLM(config).to(options.device, torch.bfloat16).requires_grad_(False)
     longest = options.prompt_tokens + options.tokens
     return Engine(
         model,
@@ -144,7 +143,9 @@ def step_times(engine: Engine) -> dict[str, Any]:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(5):
-        start.record(), replay.replay(), stop.record()
+        start.record()
+        replay.replay()
+        stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     activity = torch.profiler.ProfilerActivity.CUDA

@@ -17,10 +17,13 @@ def silu_mul(x: Tensor) -> Tensor:
     op = "silu_mul"
     expect_float(op, "x", x)
     expect(x.dim() == 2 and x.shape[1] % 2 == 0, op, "x", "shape [T, 2W]", list(x.shape))
-    if _on_triton(x):
-        from .triton_elementwise import triton_silu_mul
+    if _can_launch(x):
+        try:
+            from .triton_elementwise import triton_silu_mul
 
-        return triton_silu_mul(x)
+            return triton_silu_mul(x)
+        except ImportError:
+            pass
     a, b = x.chunk(2, -1)
     return F.silu(a) * b
 
@@ -34,15 +37,18 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     expect_tensor(op, "weight", weight, "[d]", (x.shape[1],), x.device)
     for name, tensor in (("y", y), ("weight", weight)):
         expect(tensor.dtype == x.dtype, op, name, f"{x.dtype} as x", tensor.dtype)
-    if _on_triton(x):
-        from .triton_elementwise import triton_add_rms_norm
+    if _can_launch(x):
+        try:
+            from .triton_elementwise import triton_add_rms_norm
 
-        return triton_add_rms_norm(x, y, weight, eps)
+            return triton_add_rms_norm(x, y, weight, eps)
+        except ImportError:
+            pass
     total = x + y
     return total, F.rms_norm(total, weight.shape, weight, eps)
 
 
-def _on_triton(x: Tensor) -> bool:
+def _can_launch(x: Tensor) -> bool:
     if torch.is_grad_enabled() and x.requires_grad:
         return False
     return x.is_cuda and x.dtype != torch.float64

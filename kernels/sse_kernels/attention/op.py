@@ -88,7 +88,13 @@ def rotate_into_pages(
 
 def triton_serves(q: Tensor) -> bool:
     """Whether the kernels take these queries: on CUDA, 16 to 256 channels wide, not fp64."""
-    return q.is_cuda and 16 <= q.shape[-1] <= 256 and q.dtype != torch.float64
+    if not q.is_cuda or not 16 <= q.shape[-1] <= 256 or q.dtype == torch.float64:
+        return False
+    try:
+        from .triton_paged import triton_paged_attention  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _check(
