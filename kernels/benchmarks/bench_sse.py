@@ -1,35 +1,37 @@
 """Times SSE-GLA and SSE-GDN on one GPU beside their baselines, and stores what it found.
 
-    python kernels/benchmarks/bench_sse.py [gla gdn step] [--reference] [--commit HASH]
+    python kernels/benchmarks/bench_sse.py [gla gdn layer step] [--reference] [--commit HASH]
 
 Token mixing is everything from activated q1 k1 q2 k2 v, log-decays and router logits to the summed
-o: softmax, choice, plan and sweeps. Inputs are random, times are medians, bf16. Baselines, in the
-same run: the torch form of `sse_kernels`, the copy bandwidth, and with --reference the authors'
-algorithm rebuilt on flash-linear-attention (its first calls tune for minutes).
-Writes kernels/benchmarks/results/sse-<device>.json. Exits with 1 if bits differ or the host waits.
+o: softmax, choice, plan and sweeps. A layer goes from raw projections to what its o_proj takes.
+Inputs are random, times are medians, bf16. Baselines, in the same run: the torch form of
+`sse_kernels`, the copy bandwidth, and with --reference the authors' algorithm rebuilt on
+flash-linear-attention (its first calls tune for minutes).
+Writes kernels/benchmarks/results/sse-<device>.json after every part. Exits with 1 if bits differ or
+the host waits.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sse_kernels
 import torch
-from compile_first import Call, compile_first
+from compile_first import compile_first
 from measure import Row, arguments, ceilings, graph_milliseconds, milliseconds, save, shown
-from problems import MAIN, Problem
-from properties import RAGGED, error_calls, errors, exactness, kept_memory
-from reference import one_stream, reference_sse_gdn, reference_sse_gla
-from sse_kernels import route
+from problems import MAIN, Problem, Shape
+from properties import RAGGED, error_cases, errors, exactness, kept_memory
+from reference import composed_sse_gla_layer, one_stream, reference_sse_gdn, reference_sse_gla
 
 SHAPES = [
-    MAIN,
     MAIN._replace(k=2),
     MAIN._replace(n=8),
     MAIN._replace(n=8, k=2, length=8192),
@@ -40,81 +42,66 @@ SHAPES = [
     MAIN._replace(length=32768),
 ]
 MILLION = MAIN._replace(length=131072)
-OPERATORS = {"gla": sse_kernels.sse_gla, "gdn": sse_kernels.sse_gdn}
-TORCH = {"gla": sse_kernels.chunk_sse_gla, "gdn": sse_kernels.chunk_sse_gdn}
-REFERENCE = {"gla": reference_sse_gla, "gdn": reference_sse_gdn}
+SHORT = 512
+"""Longer sequences need no kernels of their own."""
+PARTS: tuple[str, ...] = ("gla", "gdn", "layer", "step")
+BASELINES = {
+    "gla": {"torch": sse_kernels.chunk_sse_gla, "reference": reference_sse_gla},
+    "gdn": {"torch": sse_kernels.chunk_sse_gdn, "reference": reference_sse_gdn},
+    "gla_layer": {"sse_gla and torch": composed_sse_gla_layer},
+    "gdn_layer": {},
+}
 
 
-def calls(variant: str) -> list[Call]:
-    """All that needs kernels of its own."""
-    shapes = [*SHAPES, RAGGED, RAGGED._replace(sequences=1)]
-    return [*(Call(variant, shape) for shape in shapes), *error_calls(variant)]
-
-
-def sequences(variant: str) -> Iterator[Row]:
-    """Forward and forward + backward of token mixing; at the main shape by torch too."""
-    ours = OPERATORS[variant]
-    for shape in SHAPES:
+def timed(variant: str, *shapes: Shape, form: str = "triton") -> Iterator[Row]:
+    """Forward and forward + backward; of a million tokens, which fill the GPU, forward alone."""
+    function = BASELINES[variant].get(form) or getattr(sse_kernels, f"sse_{variant}")
+    case = variant.replace("_", " ")
+    for shape in shapes:
         problem = Problem(variant, shape)
-        for name, run in (("forward", problem.forward), ("forward+backward", problem.both)):
-            call, case = functools.partial(run, ours), f"{variant} {name}"
-            yield Row(case, str(shape), "triton", milliseconds(call), "ms")
-            if shape == MAIN:
-                yield Row(case, str(shape), "triton, CUDA graph", graph_milliseconds(call), "ms")
-                slow = functools.partial(run, TORCH[variant])
-                yield Row(case, str(shape), "torch", milliseconds(slow), "ms")
-        del problem, run, call
         torch.cuda.empty_cache()
-    problem = Problem(variant, MILLION)
-    torch.cuda.empty_cache()
-    ms = milliseconds(lambda: problem.forward(ours))
-    yield Row(f"{variant} forward", str(MILLION), "triton", ms, "ms")
+        ms = milliseconds(functools.partial(problem.forward, function))
+        yield Row(f"{case} forward", str(shape), form, ms, "ms")
+        # flash-linear-attention 0.6 refuses GDN's backward pass on Hopper with triton 3.4 to 3.7.
+        if shape != MILLION and (variant, form) != ("gdn", "reference"):
+            ms = milliseconds(functools.partial(problem.both, function))
+            yield Row(f"{case} forward+backward", str(shape), form, ms, "ms")
+
+
+def captured(variant: str) -> Iterator[Row]:
+    """The main shape as CUDA graphs."""
+    problem, function = Problem(variant, MAIN), getattr(sse_kernels, f"sse_{variant}")
+    for name, run in (("forward", problem.forward), ("forward+backward", problem.both)):
+        ms = graph_milliseconds(functools.partial(run, function))
+        yield Row(f"{variant} {name}", str(MAIN), "triton, CUDA graph", ms, "ms")
 
 
 def reference(variant: str) -> Iterator[Row]:
-    """The rebuilt reference, after a look at its output; GDN forward only.
-
-    flash-linear-attention 0.6 refuses GDN's backward pass on Hopper with triton 3.4 to 3.7.
-    """
-    problem, ours, theirs = Problem(variant, MAIN), OPERATORS[variant], REFERENCE[variant]
-    o, expected = problem.forward(theirs).float(), problem.forward(ours).float()
+    """The rebuilt reference, after a look at its output; for SSE-GLA one stream of fla too."""
+    problem = Problem(variant, MAIN)
+    o = problem.forward(BASELINES[variant]["reference"]).float()
+    expected = problem.forward(getattr(sse_kernels, f"sse_{variant}")).float()
     difference = float((o - expected).norm() / expected.norm())
     assert difference < 2e-2, f"{variant}: the reference differs by {difference}"
-    runs = {"forward": problem.forward, "forward+backward": problem.both}
-    for name, run in runs.items() if variant == "gla" else [("forward", problem.forward)]:
-        ms = milliseconds(functools.partial(run, theirs))
-        yield Row(f"{variant} {name}", str(MAIN), "reference", ms, "ms")
     if variant == "gla":
         single = lambda q1, k1, q2, k2, v, g1, *_, cu_seqlens: (
             one_stream(q1, k1, v, g1, cu_seqlens=cu_seqlens),
             None,
         )
-        ms = milliseconds(lambda: problem.forward(single))
+        ms = milliseconds(functools.partial(problem.forward, single))
         yield Row("gla forward", str(MAIN), "fla chunk_gla, one stream", ms, "ms")
+    del o, expected
+    yield from timed(variant, MAIN, form="reference")
 
 
 def steps(copy_gb_s: float) -> Iterator[Row]:
     """One layer's state update; bytes are the touched states, read and written once."""
-    h, d, n, k = 16, 128, 4, 1
     for variant in ("gla", "gdn"):
-        step = getattr(sse_kernels, f"sse_{variant}_step")
         for batch in (1, 64, 256):
             for dtype in (torch.float32, torch.bfloat16):
-                width = (d,) if variant == "gla" else ()
-                normal = lambda *s: torch.randn(batch, h, *s, device="cuda", dtype=torch.bfloat16)  # noqa: B023
-                gates = [-torch.rand(batch, h, *width, device="cuda") for _ in range(2)]
-                if variant == "gdn":
-                    gates = [gates[0], gates[0].exp(), gates[1], gates[1].exp()]
-                args = [*(normal(d) for _ in range(5)), *gates]
-                routing = route(torch.randn(batch, n, device="cuda"), k)
-                # Enough slots that the states do not stay in the cache between replays.
-                state = torch.randn(max(batch, 64) + 1, 1 + n, h, d, d, device="cuda", dtype=dtype)
-                slots = torch.randperm(batch, device="cuda") + 1
-                ms = graph_milliseconds(
-                    lambda: step(*args, routing, state=state, slots=slots)  # noqa: B023
-                )
-                moved = 2 * batch * (1 + k) * h * d * d * state.element_size()
-                shape = f"batch {batch}, H={h}, D={d}, K={k}"
+                call, moved = step_call(variant, batch, dtype)
+                ms = graph_milliseconds(call)
+                shape = f"batch {batch}, H={MAIN.h}, D={MAIN.d}, K={MAIN.k}"
                 form = f"triton, {str(dtype).removeprefix('torch.')} state"
                 yield Row(f"{variant} step", shape, form, ms * 1e3, "us")
                 if batch > 1:
@@ -122,28 +109,93 @@ def steps(copy_gb_s: float) -> Iterator[Row]:
                     yield Row(f"{variant} step", shape, form, share, "of copy bandwidth")
 
 
+def step_call(
+    variant: str, batch: int, dtype: torch.dtype
+) -> tuple[Callable[[], torch.Tensor], int]:
+    """One step of `batch` sequences, and the bytes that it moves."""
+    shape = MAIN._replace(sequences=batch, length=1)
+    *tokens, logits = (x.detach() for x in Problem(variant, shape).leaves.values())
+    routing = sse_kernels.route(logits, shape.k)
+    # Enough slots that the states do not stay in the cache between replays.
+    size = (max(batch, 64) + 1, 1 + shape.n, shape.h, shape.d, shape.d)
+    state = torch.randn(size, device="cuda").to(dtype)
+    slots = torch.randperm(batch, device="cuda") + 1
+    step = getattr(sse_kernels, f"sse_{variant}_step")
+    moved = 2 * batch * (1 + shape.k) * state[0, 0].numel() * state.element_size()
+    return lambda: step(*tokens, routing, state=state, slots=slots), moved
+
+
+def all_calls(parts: list[str]) -> Iterator[Callable[[], object]]:
+    """Whatever needs kernels of its own, for `compile_first`; the slowest first."""
+    for variant in (v for v in ("gdn", "gla") if v in parts):
+        cases = [(shape, None) for shape in (*SHAPES, MAIN, RAGGED, RAGGED._replace(sequences=1))]
+        cases = [(s._replace(length=min(s.length, SHORT)), o) for s, o in cases]
+        cases += [(s._replace(length=SHORT), o) for s, o in error_cases(variant)]
+        for shape, option in sorted(dict.fromkeys(cases), key=lambda case: -case[0].d):
+            yield functools.partial(run_once, variant, shape, option)
+    if "layer" in parts:
+        for variant in ("gdn_layer", "gla_layer"):
+            yield functools.partial(run_once, variant, MAIN._replace(length=SHORT), None)
+            yield functools.partial(run_once, variant, MAIN._replace(length=SHORT, k=2), None)
+    if "step" in parts:
+        for variant in ("gla", "gdn"):
+            for batch in (1, 64):
+                for dtype in (torch.float32, torch.bfloat16):
+                    yield functools.partial(step_once, variant, batch, dtype)
+
+
+def run_once(variant: str, shape: Shape, option: str | None) -> None:
+    """Forward and backward."""
+    problem = Problem(variant, shape, option=option)
+    problem.both(getattr(sse_kernels, f"sse_{variant}"))
+
+
+def step_once(variant: str, batch: int, dtype: torch.dtype) -> None:
+    """One step."""
+    step_call(variant, batch, dtype)[0]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", metavar="PART", help="gla, gdn, step (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--reference", action="store_true", help="compare with fla-core's kernels")
+    parser.add_argument(
+        "--processes", type=int, default=min(14, os.cpu_count() or 1),
+        help="how many compile before one measures (0: none)",
+    )  # fmt: skip
     options = arguments(parser)
-    parts = options.parts or ["gla", "gdn", "step"]
-    if unknown := set(parts) - {"gla", "gdn", "step"}:
-        parser.error(f"PART must be gla, gdn or step, got {', '.join(sorted(unknown))}")
-    variants = [part for part in parts if part != "step"]
-    if variants:
-        compile_first(call for variant in variants for call in calls(variant))
-    top, rows = ceilings(), []
+    parts: list[str] = options.parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"PART must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    if options.processes:
+        compile_first(all_calls(parts), options.processes)
+    top = ceilings()
+    variants = [variant for variant in ("gla", "gdn") if variant in parts]
+    work = [timed(variant, MAIN) for variant in variants]
+    work += [reference(variant) for variant in variants if options.reference]
+    if "layer" in parts:
+        for variant in ("gla_layer", "gdn_layer"):
+            work += [timed(variant, MAIN, MAIN._replace(k=2)), kept_memory(variant)]
+        work.append(timed("gla_layer", MAIN, form="sse_gla and torch"))
     for variant in variants:
-        for part in (errors, exactness, kept_memory, sequences):
-            rows += shown(part(variant))
-            torch.cuda.empty_cache()
-        if options.reference:
-            rows += shown(reference(variant))
+        work += [exactness(variant), kept_memory(variant), errors(variant)]
+        work += [timed(variant, *SHAPES), captured(variant)]
     if "step" in parts:
-        rows += shown(steps(top["copy_gb_s"]))
-    save("sse", rows, options, ceilings=top)
-    sys.exit(any(row.value for row in rows if row.unit in ("elements differ", "waits")))
+        work.append(steps(top["copy_gb_s"]))
+    work += [timed(variant, MAIN, form="torch") for variant in variants]
+    work += [timed(variant, MILLION) for variant in variants]
+    rows: list[Row] = []
+    failed = False
+    for part in work:
+        try:
+            shown(part, rows)
+        except Exception:  # what was measured stays, the other parts run
+            traceback.print_exc()
+            failed = True
+        torch.cuda.empty_cache()
+        save("sse", rows, options, ceilings=top)
+    wrong = any(row.value for row in rows if row.unit in ("elements differ", "waits"))
+    sys.exit(failed or wrong)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python kernels/benchmarks/first_calls.py [--commit HASH]
 
 A call's seconds hold everything behind it, compilation above all, but no import, no start of the
-CUDA context and no making of inputs. The processes run one after another. Writes
+CUDA context and no making of inputs. The processes run at the same time. Writes
 kernels/benchmarks/results/first-calls-<device>.json.
 """
 
@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -53,9 +54,13 @@ def step_calls(variant: str) -> Calls:
 
 
 FUNCTIONS: dict[str, Callable[[], Calls]] = {
-    f"sse_{variant}{suffix}": functools.partial(make, variant)
+    f"sse_{variant}{suffix}": functools.partial(make, f"{variant}{suffix.removesuffix('_step')}")
     for variant in ("gla", "gdn")
-    for suffix, make in (("", sequence_calls), ("_step", step_calls))
+    for suffix, make in (
+        ("", sequence_calls),
+        ("_layer", sequence_calls),
+        ("_step", step_calls),
+    )
 }
 
 
@@ -71,7 +76,7 @@ def seconds(function: str) -> dict[str, float]:
     return found
 
 
-def cold(function: str) -> Iterator[Row]:
+def cold(function: str) -> list[Row]:
     """The same in a new process with an empty cache of compiled kernels."""
     with tempfile.TemporaryDirectory() as cache:
         printed = subprocess.run(
@@ -79,8 +84,8 @@ def cold(function: str) -> Iterator[Row]:
             env={**os.environ, "TRITON_CACHE_DIR": cache},
             stdout=subprocess.PIPE, text=True, check=True,
         ).stdout  # fmt: skip
-    for name, value in json.loads(printed.splitlines()[-1]).items():
-        yield Row(f"{function} first {name}", str(MAIN), "triton", value, "s")
+    found = json.loads(printed.splitlines()[-1])
+    return [Row(f"{function} first {n}", str(MAIN), "triton", x, "s") for n, x in found.items()]
 
 
 def main() -> None:
@@ -90,7 +95,9 @@ def main() -> None:
     if options.here:
         print(json.dumps(seconds(options.here)))
         return
-    save("first-calls", [row for f in FUNCTIONS for row in shown(cold(f))], options)
+    with ThreadPoolExecutor() as pool:
+        rows = [row for found in pool.map(cold, FUNCTIONS) for row in shown(found)]
+    save("first-calls", rows, options)
 
 
 if __name__ == "__main__":

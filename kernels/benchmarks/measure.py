@@ -57,9 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shown(rows: Iterable[Row]) -> list[Row]:
-    """The rows as a list, each printed as soon as it is measured."""
-    found = []
+def shown(rows: Iterable[Row], found: list[Row] | None = None) -> list[Row]:
+    """The rows as a list (appended to `found`), each printed as soon as it is measured."""
+    found = [] if found is None else found
     for row in rows:
         print(f"{row.case:34s} {row.shape:44s} {row.form:26s} {row.value:10.4g} {row.unit}")
         sys.stdout.flush()

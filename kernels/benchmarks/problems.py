@@ -33,8 +33,9 @@ MAIN = Shape(8, 2048, 16, 128, 4, 1)
 
 
 class Problem:
-    """Leaves in the order of the operator's arguments, router logits last, and a gradient of o.
+    """Leaves in the order of an operator's arguments, router logits last, and a gradient of o.
 
+    variant: "gla" or "gdn", or "gla_layer" or "gdn_layer", whose leaves are raw projections.
     option: a flag of the operator that is set.
     """
 
@@ -43,25 +44,14 @@ class Problem:
         option: str | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        tokens, width = shape.sequences * shape.length, (shape.h, shape.d)
-        normal = lambda *s: torch.randn(tokens, *s, device="cuda")
-        keys = (lambda: normal(*width).softmax(-1)) if variant == "gla" else (
-            lambda: F.silu(normal(*width))
-        )  # fmt: skip
-        leaves = {}
-        for stream in "12":
-            leaves[f"q{stream}"] = F.silu(normal(*width)).to(dtype)
-            leaves[f"k{stream}"] = keys().to(dtype)
-        leaves["v"] = F.silu(normal(*width)).to(dtype)
-        for stream in "12":
-            if variant == "gla":
-                leaves[f"g{stream}"] = F.logsigmoid(normal(*width)) / 16
-            else:
-                leaves[f"g{stream}"] = _mamba_decay(normal(shape.h))
-                leaves[f"beta{stream}"] = normal(shape.h).sigmoid()
-        leaves["logits"] = normal(shape.n)
-        self.leaves: dict[str, Tensor] = {n: x.requires_grad_() for n, x in leaves.items()}
-        self.k, self.options = shape.k, {option: True} if option else {}
+        make = _layer_leaves if variant.endswith("_layer") else _leaves
+        self.leaves, self.named = make(variant, shape, dtype)
+        for x in (*self.leaves.values(), *self.named.values()):
+            x.requires_grad_()
+        self.k = shape.k
+        self.options: dict[str, object] = {"eps": 1e-6} if self.named else {}
+        if option:
+            self.options[option] = True
         self.cu_seqlens = torch.arange(shape.sequences + 1, device="cuda") * shape.length
         self.do: Tensor | None = None
 
@@ -77,14 +67,16 @@ class Problem:
         if do is None:
             torch.manual_seed(1)
             do = self.do = torch.randn(o.shape, device="cuda", dtype=torch.bfloat16)
-        gradients = torch.autograd.grad(o, list(self.leaves.values()), do.to(o.dtype))
-        named = {f"d{n}": x for n, x in zip(self.leaves, gradients, strict=True)}
+        leaves = self.leaves | self.named
+        gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o.dtype))
+        named = {f"d{n}": x for n, x in zip(leaves, gradients, strict=True)}
         return {"o": o.detach(), **named}
 
     def output(self, form: Form) -> Tensor:
         *tokens, logits = self.leaves.values()
         routing = route(logits, self.k)
-        return form(*tokens, routing, cu_seqlens=self.cu_seqlens, **self.options)[0]
+        options = self.named | self.options
+        return form(*tokens, routing, cu_seqlens=self.cu_seqlens, **options)[0]
 
     def double(self) -> Problem:
         """The same numbers in fp64."""
@@ -105,10 +97,57 @@ class Problem:
         return twin
 
 
+def _leaves(
+    variant: str, shape: Shape, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Activated inputs of `sse_gla` or `sse_gdn`; nothing by name."""
+    width = (shape.h, shape.d)
+    leaves = {}
+    for stream in "12":
+        key = _normal(shape, *width)
+        leaves[f"q{stream}"] = F.silu(_normal(shape, *width)).to(dtype)
+        leaves[f"k{stream}"] = (key.softmax(-1) if variant == "gla" else F.silu(key)).to(dtype)
+    leaves["v"] = F.silu(_normal(shape, *width)).to(dtype)
+    for stream in "12":
+        if variant == "gla":
+            leaves[f"g{stream}"] = F.logsigmoid(_normal(shape, *width)) / 16
+        else:
+            leaves[f"g{stream}"] = _mamba_decay(_normal(shape, shape.h))
+            leaves[f"beta{stream}"] = _normal(shape, shape.h).sigmoid()
+    leaves["logits"] = _normal(shape, shape.n)
+    return leaves, {}
+
+
+def _layer_leaves(
+    variant: str, shape: Shape, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Projections before `sse_gla_layer` or `sse_gdn_layer`, and what they take by name."""
+    keys = ["q1", "k1", "q2", "k2", "v"] + (["gk1", "gk2"] if variant == "gla_layer" else [])
+    leaves = {name: _normal(shape, shape.h, shape.d).to(dtype) for name in keys}
+    named = {
+        "gate": _normal(shape, shape.h, shape.d).to(dtype),
+        "norm_weight": torch.ones(shape.d, device="cuda", dtype=dtype),
+    }
+    if variant == "gdn_layer":
+        leaves |= {name: _normal(shape, 2 * shape.h).to(dtype) for name in ("a", "b")}
+        named["A_log"], named["dt_bias"] = _mamba_rates(2 * shape.h)
+    leaves["logits"] = _normal(shape, shape.n)
+    return leaves, named
+
+
+def _normal(shape: Shape, *width: int) -> Tensor:
+    return torch.randn(shape.sequences * shape.length, *width, device="cuda")
+
+
 def _mamba_decay(a: Tensor) -> Tensor:
-    """-rate softplus(a + bias) with the rates and time steps of a fresh layer, [T, H]."""
-    heads = a.shape[-1]
-    rates = torch.rand(heads, device=a.device) * 16
+    """-rate softplus(a + bias) of a fresh layer, [T, H]."""
+    rates, bias = _mamba_rates(a.shape[-1])
+    return -rates.exp() * F.softplus(a + bias)
+
+
+def _mamba_rates(heads: int) -> tuple[Tensor, Tensor]:
+    """Logarithms of the rates, and biases for the time steps, of a fresh layer."""
+    rates = 1e-3 + 16 * torch.rand(heads, device="cuda")
     low, high = math.log(0.001), math.log(0.1)
-    steps = (low + (high - low) * torch.rand(heads, device=a.device)).exp()
-    return -rates * F.softplus(a + steps + torch.log(-torch.expm1(-steps)))
+    steps = (low + (high - low) * torch.rand(heads, device="cuda")).exp()
+    return rates.log(), steps + torch.log(-torch.expm1(-steps))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sse_kernels import Routing
+from sse_kernels import Routing, classify, gated_rms_norm, gla_log_decay, sse_gla
 from torch import Tensor
 
 
@@ -49,6 +49,17 @@ def one_stream(q1: Tensor, k1: Tensor, v: Tensor, g1: Tensor, *, cu_seqlens: Ten
     from fla.ops.gla import chunk_gla  # pyright: ignore
 
     return chunk_gla(*(x[None] for x in (q1, k1, v, g1)), cu_seqlens=cu_seqlens)[0][0]
+
+
+def composed_sse_gla_layer(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gk1: Tensor, gk2: Tensor,
+    routing: Routing, *, norm_weight: Tensor, gate: Tensor, eps: float, cu_seqlens: Tensor,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`sse_gla_layer` with its activations in torch, around `sse_gla` and `gated_rms_norm`."""
+    k1, k2, g1, g2 = classify(k1), classify(k2), gla_log_decay(gk1), gla_log_decay(gk2)
+    q1, q2, v = F.silu(q1), F.silu(q2), F.silu(v)
+    o, _ = sse_gla(q1, k1, q2, k2, v, g1, g2, routing, cu_seqlens=cu_seqlens)
+    return gated_rms_norm(o, norm_weight, gate, eps=eps), None
 
 
 def _streams(
