@@ -14,6 +14,7 @@ FORMS = {
     "torch": "torch form",
     "reference": "the reference rebuilt on fla 0.6",
     "fla chunk_gla, one stream": "fla's `chunk_gla`, one stream, no router",
+    "sse_gla and torch": "`sse_gla`, activations in torch",
 }
 
 
@@ -21,7 +22,23 @@ def sequences() -> str:
     """Milliseconds of token mixing, a line a shape; baselines as multiples of ours beside them."""
     result = _result("sse")
     columns = [f"{v} {p}" for v in ("gla", "gdn") for p in ("forward", "forward+backward")]
-    times = {(r["shape"], r["form"], r["case"]): r["value"] for r in _rows(result, "ms")}
+    head = ["bf16, ms", "GLA forward", "forward+backward", "GDN forward", "forward+backward"]
+    return _times(result, columns, head) + _note(result)
+
+
+def sequence_layers() -> str:
+    """Milliseconds of layers between their projections."""
+    columns = [f"{v} layer {p}" for v in ("gla", "gdn") for p in ("forward", "forward+backward")]
+    head = ["layer, bf16, ms", "GLA forward", "forward+backward", "GDN forward", "forward+backward"]
+    return _times(_result("sse"), columns, head)
+
+
+def _times(result: dict[str, Any], columns: list[str], head: list[str]) -> str:
+    times = {
+        (r["shape"], r["form"], r["case"]): r["value"]
+        for r in _rows(result, "ms")
+        if r["case"] in columns
+    }
     shapes = list(dict.fromkeys(shape for shape, _, _ in times))
     measured = dict.fromkeys((shape, form) for shape, form, _ in times)
     lines = []
@@ -31,10 +48,8 @@ def sequences() -> str:
             time, ours = times.get((shape, form, case)), times.get((shape, "triton", case))
             ratio = f" ({time / ours:.1f} x)" if time and ours and "triton" not in form else ""
             cells.append("" if time is None else f"{_three(time)}{ratio}")
-        label = shape if form == "triton" else FORMS[form]
-        lines.append([label, *cells])
-    head = ["bf16, ms", "GLA forward", "forward+backward", "GDN forward", "forward+backward"]
-    return _table(head, lines) + _note(result)
+        lines.append([shape if form == "triton" else FORMS[form], *cells])
+    return _table(head, lines)
 
 
 def steps() -> str:
@@ -204,6 +219,7 @@ def _note(result: dict[str, Any]) -> str:
 
 TABLES = {
     "kernel_sequences": sequences,
+    "kernel_sequence_layers": sequence_layers,
     "kernel_steps": steps,
     "kernel_layers": layers,
     "kernel_errors": errors,
