@@ -78,16 +78,15 @@ def layers() -> str:
     found = {(r["case"], r["shape"], r["form"]): r["value"] for r in result["rows"]}
     lines = []
     for case, shape in dict.fromkeys((r["case"].split()[0], r["shape"]) for r in result["rows"]):
-        kernel = _three(found[f"{case} kernel", shape, "fused, CUDA graph"])
         share = found.get((f"{case} kernel", shape, "share of copy bandwidth"))
-        kernel += "" if share is None else f", {100 * share:.0f} %"
-        forms = [
-            f"{form}, {how}" for how in ("CUDA graph", "eager") for form in ("fused", "unfused")
-        ]
-        times = [_three(found[f"{case} layer", shape, form]) for form in forms]
-        lines.append([f"{case.upper()}, {shape}", kernel, *times])
-    head = ["one token a sequence, us", "kernel", "layer in a CUDA graph", "unfused"]
-    return _table([*head, "layer, eager", "unfused"], lines) + _note(result)
+        cells = [_three(found[f"{case} kernel", shape, "fused"])]
+        cells[0] += "" if share is None else f", {100 * share:.0f} %"
+        for form in ("fused", "unfused"):
+            time = found.get((f"{case} layer", shape, form))
+            cells.append("" if time is None else _three(time))
+        lines.append([f"{case.upper()}, {shape}", *cells])
+    head = ["one token a sequence, us, CUDA graph", "kernel, share of copies", "layer", "unfused"]
+    return _table(head, lines) + _note(result)
 
 
 def errors() -> str:

@@ -43,6 +43,7 @@ _SAFE = {
     "gla_step": {1: Blocks(0, 16, 4, 1)},
     "gdn_step": {1: Blocks(0, 16, 4, 1)},
     "layer_step": {1: Blocks(0, 32, 4, 3)},
+    "layer_step_half": {1: Blocks(0, 32, 4, 3)},
     "layer_inputs": {1: Blocks(64, 0, 4, 1)},
 }
 # fmt: on
@@ -61,7 +62,7 @@ MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
         "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
         "gla_step": {1: Blocks(0, 8, 1, 1)},
         "gdn_step": {1: Blocks(0, 8, 1, 1)},
-        "layer_step": {1: Blocks(0, 32, 8, 3)},
+        "layer_step": {1: Blocks(0, 64, 8, 1)},
     }
 }
 """Compute capability (major) -> entries that replace the safe ones."""

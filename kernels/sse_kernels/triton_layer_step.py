@@ -64,7 +64,8 @@ def triton_layer_step(
     replay = None if ids is None else _rows(ids)
     gate = None if gate is None else _rows(gate)
     a_log, dt_bias = (None, None) if rates is None else (x.contiguous() for x in rates)
-    blocks = block_sizes("layer_step", v, dk)
+    narrow = "" if state.dtype == torch.float32 else "_half"
+    blocks = block_sizes(f"layer_step{narrow}", v, dk)
     width = triton.next_power_of_2(dv)
     layer_step_kernel[(batch * hv,)](
         *rows, gate, a_log, dt_bias, norm_weight.contiguous(), logits.contiguous(), replay,

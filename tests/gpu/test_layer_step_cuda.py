@@ -63,8 +63,12 @@ def error(x: Tensor, exact: Tensor) -> float:
     return found
 
 
+# Relative Frobenius error against fp64 on the same rounded inputs; measured 4.9e-3 and 8.9e-7.
+TOLERANCES = [(torch.bfloat16, 8e-3), (torch.float32, 5e-6)]
+
+
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.2e-2), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_the_layer_is_its_definition(shape, dtype, tolerance, joined):
