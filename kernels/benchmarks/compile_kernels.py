@@ -15,7 +15,7 @@ import tempfile
 
 import triton
 from sse_kernels import triton_layer_inputs, triton_layer_step
-from sse_kernels.block_sizes import blocks_for
+from sse_kernels.block_sizes import Blocks, blocks_for
 from sse_kernels.delta import triton_step as delta_step
 from sse_kernels.delta.gate import NORM_EPS
 from sse_kernels.gla import (
@@ -24,6 +24,8 @@ from sse_kernels.gla import (
     triton_prepare,
     triton_step,
 )
+from sse_kernels.head import triton_rows as head_rows
+from sse_kernels.head.walk import VOCAB_BLOCK
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -39,16 +41,25 @@ KERNELS = {
     "gdn_step": delta_step.gdn_step_kernel,
     "layer_step": triton_layer_step.layer_step_kernel,
     "layer_inputs": triton_layer_inputs.layer_inputs_kernel,
+    "head_reduce": head_rows.head_reduce_kernel,
+    "head_differentiate": head_rows.head_differentiate_kernel,
 }
-_INTEGERS = {"T", "B", "M", "S"}
+HEAD = Blocks(0, 0, head_rows.WARPS, 1)
+_INTEGERS = {"T", "B", "M", "S", "COLUMNS"}
 _ABSENT = {"initial_state", "final_state", "dfinal", "dinitial", "a_log", "dt_bias", "ROW_TOPK"}
-_FP32 = {"shared", "g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state"}
-_INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32", "ids": "*i64", "slots": "*i64"}
+_FP32 = {
+    "shared", "g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state",
+    "z", "stats", "chosen", "lse", "entropy", "dlogprob", "dentropy",
+}  # fmt: skip
+_INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32"}
+_INDEX |= {"ids": "*i64", "slots": "*i64", "targets": "*i64"}
 
 
 def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     """Compile with the block sizes that this GPU generation would take."""
-    kernel, blocks = KERNELS[name], blocks_for(name, width, capability // 10)
+    kernel, blocks = KERNELS[name], HEAD
+    if not name.startswith("head"):
+        blocks = blocks_for(name, width, capability // 10)
     constants = {
         "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
         "BK": min(blocks.k, width), "BV": min(blocks.v, width), "SCALE": width**-0.5,
@@ -56,7 +67,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         "DVP": width, "NP": 4, "BETA_SCALE": 1.0, "TEMPERATURE": 16, "UNIT_EPS": NORM_EPS,
         "STAGES": blocks.stages, "D": 16 * width, "NB": 4, "DB": 512, "KEYS": 16 * width,
         "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 16, "W": 4,
-        "BM": 16, "BN": blocks.k,
+        "BM": 16, "BN": blocks.k, "BLOCK": VOCAB_BLOCK,
     }  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -67,7 +78,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
             signature[argument] = "i32"
             if argument.startswith("s_"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        elif argument == "eps":
+        elif argument in ("eps", "inverse_temperature"):
             signature[argument] = "fp32"
         else:
             signature[argument] = _pointer(argument, name.endswith(("_step", "_inputs")))

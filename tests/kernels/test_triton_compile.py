@@ -21,6 +21,7 @@ SCRIPTS = Path(__file__).parents[2] / "kernels/benchmarks"
     [
         (80, ["gla_fwd", "gla_dqk"]),
         (90, ["gla_fwd", "gla_dstates", "gla_dqk", "gla_step", "layer_step", "layer_inputs"]),
+        (90, ["head_reduce", "head_differentiate"]),
         (100, ["gla_fwd", "gla_dqk"]),
     ],
 )

@@ -40,13 +40,13 @@ TRITON = Rows(reduce, differentiate)
 
 @triton.jit
 def head_reduce_kernel(
-    z, targets, stats, chosen, inverse_temperature, T, W, BLOCK: tl.constexpr
+    z, targets, stats, chosen, inverse_temperature, T, COLUMNS, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < W
+    inside = column < COLUMNS
     target = tl.load(targets + row)
-    x = tl.load(z + row * W + column, mask=inside, other=float("-inf")) * inverse_temperature
+    x = tl.load(z + row * COLUMNS + column, mask=inside, other=float("-inf")) * inverse_temperature
     top = tl.max(x, axis=0)
     shifted = tl.where(inside, x - top, 0.0)
     e = tl.where(inside, tl.exp(shifted), 0.0)
@@ -54,21 +54,21 @@ def head_reduce_kernel(
     tl.store(stats + T + row, tl.sum(e, axis=0))
     tl.store(stats + 2 * T + row, tl.sum(e * shifted, axis=0))
     logit = tl.sum(tl.where(column == target, x, 0.0), axis=0)
-    tl.store(chosen + row, logit, mask=(target >= 0) & (target < W))
+    tl.store(chosen + row, logit, mask=(target >= 0) & (target < COLUMNS))
 
 
 @triton.jit
 def head_differentiate_kernel(
-    z, targets, lse, entropy, dlogprob, dentropy, out, inverse_temperature, W, BLOCK: tl.constexpr
+    z, targets, lse, entropy, dlogprob, dentropy, out, inverse_temperature, COLUMNS, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < W
+    inside = column < COLUMNS
     target = tl.load(targets + row)
     d = tl.load(dlogprob + row)
-    x = tl.load(z + row * W + column, mask=inside, other=0.0) * inverse_temperature
+    x = tl.load(z + row * COLUMNS + column, mask=inside, other=0.0) * inverse_temperature
     logp = x - tl.load(lse + row)
     weight = d + tl.load(dentropy + row) * (logp + tl.load(entropy + row))
     gradient = tl.where(column == target, d, 0.0) - tl.exp(logp) * weight
     gradient *= inverse_temperature
-    tl.store(out + row * W + column, gradient.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * COLUMNS + column, gradient.to(out.dtype.element_ty), mask=inside)
