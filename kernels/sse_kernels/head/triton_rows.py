@@ -59,7 +59,8 @@ def head_reduce_kernel(
 
 @triton.jit
 def head_differentiate_kernel(
-    z, targets, lse, entropy, dlogprob, dentropy, out, inverse_temperature, COLUMNS, BLOCK: tl.constexpr
+    z, targets, lse, entropy, dlogprob, dentropy, out, inverse_temperature, COLUMNS,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
