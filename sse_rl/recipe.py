@@ -157,6 +157,9 @@ class Distill(Section):
     """Problems of data.train that the teacher answers itself; its answers join the corpora."""
     max_completion_length: Positive = 512
     """Tokens of such an answer."""
+    teacher_steps: NonNegative = 0
+    """Optimiser steps in which the teacher itself learns the text before it teaches."""
+    teacher_learning_rate: PositiveFloat = 1e-4
     align_steps: NonNegative = 200
     """Optimiser steps of the first stage, which trains the converted layers alone."""
     align_learning_rate: PositiveFloat = 1e-3

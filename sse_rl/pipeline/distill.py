@@ -1,5 +1,5 @@
 """Distillation of a converted model: each new layer learns its teacher's output, then the whole its
-logits.
+logits; before that, if asked for, the teacher learns the text.
 
 The teacher runs as an SSE-H that keeps every layer as attention, so both read the same packed rows.
 What a step does is a function of seed and step: an interrupted run ends in the same weights.
@@ -31,6 +31,8 @@ from sse_rl.recipe import Distill
 
 Progress = Callable[[int, dict[str, float]], None]
 Perplexities = dict[str, dict[str, float]]
+TRAINED, ALIGNED, DISTILLED = "teacher, trained", "aligned", "distilled"
+STATE, TEACHER = "state.pt", "teacher.pt"
 MAX_LOGITS = 1 << 26
 """Logits alive at once, of teacher and student each."""
 
@@ -46,15 +48,16 @@ def distill(
     state: Path,
     progress: Progress | None = None,
 ) -> Perplexities:
-    """Train `student` in place; the perplexity of every text in `held_out`, of the teacher and of
-    the student as converted, aligned and distilled.
+    """Train `student` in place, and `teacher` for `options.teacher_steps` first; the perplexity of
+    every text in `held_out`, of the teacher as it came and as trained, and of the student as
+    converted, aligned and distilled.
 
-    Both models in float32 and on one device. `state` is the file that an interrupted call goes on
-    from, replaced every `options.save_steps`; its removal is left to the caller.
+    Both models in float32 and on one device. `state` is the folder that an interrupted call goes on
+    from, its files replaced every `options.save_steps`; its removal is left to the caller.
 
     Args:
         progress: called with (step, metrics) every `options.logging_steps`; steps count through
-            both stages.
+            all stages.
 
     Raises:
         UserError: `state` is damaged or of another model.
@@ -62,21 +65,29 @@ def distill(
     """
     job = _Distillation(student, teacher, text, options, seed)
     stages = [
-        _Stage("aligned", options.align_steps, options.align_learning_rate, job.align),
-        _Stage("distilled", options.max_steps, options.learning_rate, job.imitate),
+        _Stage(TRAINED, options.teacher_steps, options.teacher_learning_rate, job.teach),
+        _Stage(ALIGNED, options.align_steps, options.align_learning_rate, job.align),
+        _Stage(DISTILLED, options.max_steps, options.learning_rate, job.imitate),
     ]
-    saved = _load(state)
+    state.mkdir(exist_ok=True)
+    saved = _load(state / STATE)
     measured: Perplexities = saved.get("measured", {})
+    if TRAINED in measured:
+        teacher.load_state_dict(_load(state / TEACHER))
     if not measured:
         measured["teacher"] = job.perplexities(teacher, held_out)
         measured["converted"] = job.perplexities(student, held_out)
-        job.centre_routers()
     done = 0
     for stage in stages:
-        if stage.name not in measured:
+        if stage.name not in measured and (stage.steps or stage.name != TRAINED):
             resumed = saved if saved.get("stage") == stage.name else {}
-            _train(job, stage, resumed, measured, done, state, progress)
-            measured[stage.name] = job.perplexities(student, held_out)
+            if stage.name == ALIGNED and not resumed:
+                job.adopt()
+                job.centre_routers()
+            _train(job, stage, resumed, measured, done, state / STATE, progress)
+            measured[stage.name] = job.perplexities(job.learner(stage), held_out)
+            if stage.name == TRAINED and options.save_steps:
+                _save(state / TEACHER, teacher.state_dict())
         done += stage.steps
     return measured
 
@@ -117,7 +128,7 @@ def _train(
     progress: Progress | None,
 ) -> None:
     """All steps of a stage, from where `resumed` left it; `done` steps came before it."""
-    options, student = job.options, job.student
+    options, learner = job.options, job.learner(stage)
     if stage.steps == 0:
         return
     parameters = job.trainable(stage)
@@ -136,11 +147,11 @@ def _train(
     first = 0
     if resumed:
         first = resumed["step"]
-        student.load_state_dict(resumed["model"])
+        learner.load_state_dict(resumed["model"])
         adamw.load_state_dict(resumed["adamw"])
         schedule.load_state_dict(resumed["schedule"])
     began, tokens = time.monotonic(), 0
-    student.train()
+    learner.train()
     for step in range(first, stage.steps):
         metrics: dict[str, Tensor] = {}
         for part in range(options.gradient_accumulation_steps):
@@ -161,10 +172,10 @@ def _train(
                 progress(done + step + 1, numbers | {"perf/tokens_per_s": speed})
         if options.save_steps and (last or (step + 1) % options.save_steps == 0):
             kept = {"stage": stage.name, "step": step + 1, "measured": measured}
-            parts = {"model": student, "adamw": adamw, "schedule": schedule}
+            parts = {"model": learner, "adamw": adamw, "schedule": schedule}
             _save(state, kept | {name: part.state_dict() for name, part in parts.items()})
-    student.gradient_checkpointing_disable()
-    student.requires_grad_(True).eval()
+    learner.gradient_checkpointing_disable()
+    learner.requires_grad_(learner is job.student).eval()
 
 
 @dataclass(slots=True)
@@ -179,18 +190,33 @@ class _Distillation:
 
     def trainable(self, stage: _Stage) -> list[nn.Parameter]:
         """The parameters of a stage; only they require a gradient."""
-        wanted = stage.backward == self.imitate
-        self.student.requires_grad_(wanted)
-        for _, mixer in self.mixers():
+        learner, all_of_it = self.learner(stage), stage.backward != self.align
+        learner.requires_grad_(all_of_it)
+        for _, mixer in self.mixers() if not all_of_it else ():
             mixer.requires_grad_(True)
-        if wanted and self.options.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable()
-        return [p for p in self.student.parameters() if p.requires_grad]
+        if all_of_it and self.options.gradient_checkpointing:
+            learner.gradient_checkpointing_enable()
+        return [p for p in learner.parameters() if p.requires_grad]
+
+    def learner(self, stage: _Stage) -> SSEForCausalLM:
+        return self.teacher if stage.backward == self.teach else self.student
 
     def mixers(self) -> list[tuple[int, SSEMixer]]:
         """The SSE layers and their places in the model."""
         layers = enumerate(self.student.model.layers)
         return [(i, layer.attn) for i, layer in layers if isinstance(layer.attn, SSEMixer)]
+
+    def teach(self, rows: Rows, scale: float) -> dict[str, Tensor]:
+        """The teacher learns the text itself: cross-entropy, per token."""
+        tokens, seqs = self.to_device(rows)
+        at, following = _predicted(tokens, seqs)
+        with self.autocast():
+            logprobs, _ = self.teacher.logprobs(
+                self.teacher.packed(tokens, seqs).hidden[at], following
+            )
+        loss = -logprobs.mean()
+        (scale * loss).backward()
+        return {"loss": loss.detach()}
 
     def align(self, rows: Rows, scale: float) -> dict[str, Tensor]:
         """Each SSE layer gets the teacher's input to that layer; its loss is the squared error of
@@ -264,6 +290,15 @@ class _Distillation:
                 x = x + layer.mlp(layer.mlp_norm(x))
             if i in wanted:
                 yield i, normed, mixed, seqs
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """What both have, the student takes from the teacher, which may have learned the text."""
+        mixers = tuple(f"model.layers.{layer}.attn." for layer, _ in self.mixers())
+        own = self.student.state_dict()
+        for name, x in self.teacher.state_dict().items():
+            if not name.startswith(mixers):
+                own[name].copy_(x)
 
     @torch.no_grad()
     def centre_routers(self) -> None:

@@ -4,6 +4,7 @@ distilled; then the cold start."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)  # pyright: ignore[reportArgumentType]
     student = load_policy(folder / base).float().to(device)  # pyright: ignore[reportArgumentType]
     text = training_text(recipe, tokenizer, teacher, folder)
-    state = folder / f"{DISTILL}.pt"
+    state = folder / f"{DISTILL}.state"
     measured = train(
         student,
         teacher,
@@ -196,7 +197,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
         student.save_pretrained(target)
         tokenizer.save_pretrained(target)
         (target / PERPLEXITY).write_text(json.dumps(measured, indent=1))
-    state.unlink(missing_ok=True)
+    shutil.rmtree(state, ignore_errors=True)
     return {"rows": float(len(text))} | measured["distilled"]
 
 

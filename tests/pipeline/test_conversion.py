@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sse_rl.data.tokenizer import byte_tokenizer, load_tokenizer
 from sse_rl.errors import UserError
@@ -18,26 +17,6 @@ from sse_rl.recipe import Recipe
 from sse_rl.recipe_io import parse_recipe
 
 TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
-    """A folder with a random Llama that reads bytes."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=len(TOKENIZER),
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
 
 
 def recipe(source: str, *overrides: str) -> Recipe:

@@ -77,7 +77,7 @@ def test_both_stages_bring_the_student_nearer_to_its_teacher(llama, tmp_path: Pa
     losses: list[dict[str, float]] = []
     _, measured = run(
         llama,
-        tmp_path / "state.pt",
+        tmp_path / "state",
         subject=student(llama, linear),
         progress=lambda step, metrics: losses.append(metrics),
     )
@@ -93,7 +93,7 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def whole(llama, tmp_path_factory) -> tuple[SSEForCausalLM, dict[str, dict[str, float]]]:
-    return run(llama, tmp_path_factory.mktemp("whole") / "state.pt")
+    return run(llama, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("stop", [4, 8, 13])
@@ -104,10 +104,31 @@ def test_a_stop_does_not_change_the_weights(llama, whole, tmp_path: Path, stop: 
             raise Stop
 
     with pytest.raises(Stop):
-        run(llama, tmp_path / "state.pt", progress=interrupt)
-    resumed, again = run(llama, tmp_path / "state.pt")
+        run(llama, tmp_path / "state", progress=interrupt)
+    resumed, again = run(llama, tmp_path / "state")
     assert again == whole[1]
     for name, x in whole[0].state_dict().items():
+        assert torch.equal(x, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 9])
+def test_a_teacher_that_learned_the_text_first_teaches_it(llama, tmp_path: Path, stop: int):
+    changes = {"teacher_steps": 5, "teacher_learning_rate": 1e-2, "save_steps": 2}
+    options = OPTIONS.model_copy(update={"align_steps": 3, "max_steps": 3} | changes)
+    whole, measured = run(llama, tmp_path / "whole", options)
+    order = ["teacher", "converted", "teacher, trained", "aligned", "distilled"]
+    assert list(measured) == order
+    assert measured["teacher, trained"]["held-out"] < 0.95 * measured["teacher"]["held-out"]
+
+    def interrupt(step: int, _: object) -> None:
+        if step == stop:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(llama, tmp_path / "state", options, progress=interrupt)
+    resumed, again = run(llama, tmp_path / "state", options)
+    assert again == measured
+    for name, x in whole.state_dict().items():
         assert torch.equal(x, resumed.state_dict()[name]), name
 
 
@@ -128,7 +149,6 @@ def test_it_trains_under_bfloat16(llama, tmp_path: Path):
 
 
 def test_a_damaged_state_is_refused(llama, tmp_path: Path):
-    state = tmp_path / "state.pt"
-    state.write_bytes(b"not a checkpoint")
+    (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"state\.pt: damaged"):
-        run(llama, state)
+        run(llama, tmp_path)
