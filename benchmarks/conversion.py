@@ -26,29 +26,27 @@ from sse_rl.data.corpus import PackedText, Rows, worked
 from sse_rl.data.problems import load_problems
 from sse_rl.data.tokenizer import named_tokenizer
 from sse_rl.model import SSEForCausalLM, packed_inputs
-from sse_rl.model.convert import as_softmax, convert, load_teacher
+from sse_rl.model.convert import as_softmax, convert, kept_layers, load_teacher
 from sse_rl.pipeline.distill import Perplexities, distill
 from sse_rl.recipe import Convert, Data, Distill, Source
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "8 layers kept, evenly spread": ({"attention_layers": 8}, {}),
     "8 most sensitive": ({}, {}),
-    "15 most sensitive": ({"attention_layers": "15 most sensitive"}, {}),
-    "8 most sensitive, output gate": ({"use_output_gate": True}, {}),
-    "8 most sensitive, distilled at 1e-3": ({}, {"learning_rate": 1e-3}),
-    "8 most sensitive, aligned at 3e-3": ({}, {"align_learning_rate": 3e-3}),
-    "8 most sensitive, not aligned": ({}, {"align_steps": 0}),
-    "8 most sensitive, text's cross-entropy alone": ({}, {"kl_coef": 0.0, "lm_coef": 1.0}),
-    "10 most sensitive": ({"attention_layers": "10 most sensitive"}, {}),
-    "8 most sensitive, no short convolution": ({"use_short_conv": False}, {}),
-    "8 most sensitive, N = 8, K = 2": ({"num_sparse_partition": 8, "num_writer": 2}, {}),
-    "8 most sensitive, GDN": ({"linear_attn_type": "gdn"}, {}),
-    "8 most sensitive, GDN, output gate": (
-        {"linear_attn_type": "gdn", "use_output_gate": True},
-        {},
-    ),
+    "8 layers, evenly spread": ({"attention_layers": 8}, {}),
+    "the most sensitive and 7 evenly spread": ({"attention_layers": "1 and 7"}, {}),
+    "15 most sensitive": ({"attention_layers": "15"}, {}),
+    "8, output gate": ({"use_output_gate": True}, {}),
+    "8, distilled at 1e-3": ({}, {"learning_rate": 1e-3}),
+    "8, aligned at 3e-3": ({}, {"align_learning_rate": 3e-3}),
+    "8, not aligned": ({}, {"align_steps": 0}),
+    "8, the text's cross-entropy alone": ({}, {"kl_coef": 0.0, "lm_coef": 1.0}),
+    "8, teacher trained first": ({}, {"teacher_steps": 40}),
+    "8, no short convolution": ({"use_short_conv": False}, {}),
+    "8, N = 8, K = 2": ({"num_sparse_partition": 8, "num_writer": 2}, {}),
+    "8, GDN": ({"linear_attn_type": "gdn"}, {}),
+    "8, GDN, output gate": ({"linear_attn_type": "gdn", "use_output_gate": True}, {}),
 }
-"""Name -> keys of `Convert` and of `Distill`; 8 most sensitive layers are kept if not said."""
+"""Name -> keys of `Convert` and of `Distill`; the 8 most sensitive layers are kept if not said."""
 
 
 def main() -> None:
@@ -67,19 +65,31 @@ def main() -> None:
     parser.add_argument("--commit", help="where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    began = time.monotonic()
     bench = Bench(options)
+    print(json.dumps({"at": round(time.monotonic() - began)}), flush=True)
     sensitivity = bench.sensitivity()
-    print(json.dumps({"sensitivity": sensitivity}), flush=True)
+    at = round(time.monotonic() - began)
+    print(json.dumps({"at": at, "sensitivity": sensitivity}), flush=True)
     ranked = sorted(range(len(sensitivity)), key=lambda i: -sensitivity[i])
     wanted = [int(n) for n in options.cases.split(",")] if options.cases else range(len(CASES))
     rows: list[dict[str, Any]] = []
     for name, (converted, distilled) in (list(CASES.items())[n] for n in wanted):
-        kept = converted.get("attention_layers", "8 most sensitive")
-        if isinstance(kept, str):
-            kept = sorted(ranked[: int(kept.split()[0])])
-        rows.append({"case": name} | bench.run(converted | {"attention_layers": kept}, distilled))
+        converted = converted | {"attention_layers": kept(converted, ranked)}
+        rows.append(
+            {"case": name, "at": round(time.monotonic() - began)} | bench.run(converted, distilled)
+        )
         print(json.dumps(rows[-1]), flush=True)
         write(options, rows, sensitivity)
+
+
+def kept(converted: dict[str, Any], ranked: list[int]) -> int | list[int]:
+    """The layers that a case keeps, `ranked` from the most sensitive on."""
+    wanted = converted.get("attention_layers", "8")
+    if isinstance(wanted, int):
+        return wanted
+    count, _, spread = wanted.partition(" and ")
+    return sorted({*ranked[: int(count)], *kept_layers(int(spread or 0), len(ranked))})
 
 
 class Bench:
@@ -134,12 +144,12 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             perplexities = distill(
                 student,
-                self.teacher,
+                as_softmax(self.origin, self.options.source).to(self.options.device),
                 self.text,
                 {"held-out": self.held_out},
                 options=Distill(**settings | changed),
                 seed=0,
-                state=Path(folder) / "state.pt",
+                state=Path(folder),
                 progress=lambda step, metrics: log.append({"step": step, **metrics}),
             )
         return student, perplexities, log

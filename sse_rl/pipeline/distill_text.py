@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -26,9 +27,16 @@ BLOCK = 256
 
 
 def training_text(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: SSEForCausalLM, run_dir: Path
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: SSEForCausalLM,
+    run_dir: Path,
+    progress: Callable[[int, dict[str, float]], None],
 ) -> PackedText:
-    """All corpora of `recipe.distill` and, if asked for, the teacher's answers, in packed rows."""
+    """All corpora of `recipe.distill` and, if asked for, the teacher's answers, in packed rows.
+
+    `progress` is called as steps are reported, with the number of answers, while it answers.
+    """
     options = recipe.distill
     assert options is not None
     problems, _ = load_splits(recipe.data)
@@ -41,7 +49,7 @@ def training_text(
     else:
         documents = worked(problems, tokenizer, recipe.data)
     if options.teacher_prompts:
-        documents += teacher_answers(recipe, tokenizer, teacher, run_dir / ANSWERS)
+        documents += teacher_answers(recipe, tokenizer, teacher, run_dir / ANSWERS, progress)
     return PackedText(documents, max_length=options.max_length, seed=recipe.seed)
 
 
@@ -64,7 +72,11 @@ def held_out_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 
 def teacher_answers(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: SSEForCausalLM, path: Path
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: SSEForCausalLM,
+    path: Path,
+    progress: Callable[[int, dict[str, float]], None],
 ) -> list[np.ndarray]:
     """The teacher's samples at temperature 1, each with its prompt, one a line in `path`.
 
@@ -109,6 +121,7 @@ def teacher_answers(
         with path.open("a") as file:
             file.writelines(json.dumps(ids) + "\n" for ids in block)
         done += block
+        progress(0, {"answers": len(done)})
     return [np.array(ids) for ids in islice(done, options.teacher_prompts)]
 
 

@@ -181,7 +181,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     tokenizer = load_tokenizer(recipe.data)
     teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)  # pyright: ignore[reportArgumentType]
     student = load_policy(folder / base).float().to(device)  # pyright: ignore[reportArgumentType]
-    text = training_text(recipe, tokenizer, teacher, folder)
+    text = training_text(recipe, tokenizer, teacher, folder, progress)
     state = folder / f"{DISTILL}.state"
     measured = train(
         student,
@@ -227,4 +227,7 @@ def last_progress(path: Path) -> str:
     from sse_rl.report.sinks import read_rows
 
     rows = read_rows(path)
-    return f"step {rows[-1]['step']}, loss {rows[-1].get('loss', 0):.4g}" if rows else "starting"
+    if not rows:
+        return "starting"
+    last = {name: rows[-1][name] for name in ("step", "loss", "answers") if name in rows[-1]}
+    return ", ".join(f"{name} {value:.4g}" for name, value in last.items())
