@@ -8,13 +8,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SYNC_S = 1.0
 
 
 class EvaluationError(Exception):
@@ -55,17 +58,18 @@ class Folder:
         self._timings = _Log(path / "timings.jsonl", _read_log(path / "timings.jsonl")[1])
 
     def add(self, row: Row, timing: Row) -> None:
-        """Append a row; it is on disk when this returns.
+        """Append a row; no kill of this process loses it, and no power cut one older than `SYNC_S`
+        seconds when the next is added.
 
         Raises EvaluationError if the disk refuses; rows added before stay whole.
         """
-        self._timings.append(timing, sync=False)
-        self._results.append(row, sync=True)
+        self._timings.append(timing)
+        self._results.append(row)
         self.rows.append(row)
 
     def note(self, timing: Row) -> None:
         """Append a line to timings.jsonl alone."""
-        self._timings.append(timing, sync=False)
+        self._timings.append(timing)
 
     def finish(self) -> None:
         """Rewrite results.jsonl sorted by (id, sample): the same bytes in any order of arrival."""
@@ -90,15 +94,17 @@ class _Log:
         except OSError as error:
             raise EvaluationError(f"cannot write {path}: {error}") from error
         self._end = end
+        self._synced = -math.inf
 
-    def append(self, row: Row, *, sync: bool) -> None:
+    def append(self, row: Row) -> None:
         line = encode(row)
         try:
             written = 0
             while written < len(line):
                 written += os.pwrite(self._fd, line[written:], self._end + written)
-            if sync:
+            if time.monotonic() - self._synced > SYNC_S:
                 os.fsync(self._fd)
+                self._synced = time.monotonic()
         except OSError as error:
             self._cut_back()
             raise EvaluationError(

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 ADVANCE_BUDGET_S = 1.0
 """How long a worker decodes before it looks for new requests or weights."""
 
+AHEAD = 1.25
+"""What a worker is given to do, in what it can decode together: the rest waits in its engine for
+slots that become free between two calls."""
+
 
 @dataclass(slots=True)
 class _Worker:
@@ -158,7 +162,7 @@ class RolloutPool:
     def _dispatch(self) -> None:
         while self._queue:
             worker = min(self._workers, key=lambda worker: worker.load)
-            if worker.load and worker.load + self._queue[0].params.n > self._capacity:
+            if worker.load and worker.load + self._queue[0].params.n > AHEAD * self._capacity:
                 break
             request = self._queue.popleft()
             worker.outbox.append(request)

@@ -14,6 +14,8 @@ from sse_rl.pipeline.weights import WeightsIndex, unpack
 from sse_rl.recipe import Rollout
 from sse_rl.types import Completion, Request
 
+GATHER_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
@@ -62,13 +64,18 @@ class RolloutWorker:
         return index.version
 
     def advance(self, requests: list[Request], budget_s: float) -> list[Completion]:
-        """Take in `requests` and decode until something finishes, or for `budget_s` seconds."""
+        """Take in `requests` and decode until something finishes, or for `budget_s` seconds.
+
+        What finishes is gathered for `GATHER_S`, unless nothing else is left to decode: where many
+        sequences run, one ends with nearly every token, and a call a token would idle the device.
+        """
         for request in requests:
             self.engine.add(request)
-        deadline = time.monotonic() + budget_s
+        began, finished = time.monotonic(), []
         while True:
-            finished = self.engine.step()
-            if finished or time.monotonic() > deadline:
+            finished += self.engine.step()
+            lasted = time.monotonic() - began
+            if lasted > (GATHER_S if finished else budget_s) or (finished and not self.engine.busy):
                 return finished
 
     def abort(self, request_ids: list[str]) -> None:

@@ -26,10 +26,9 @@ def start(runs: Path, source: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=400)
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate()
     assert process.returncode == 0, output
-    return output
 
 
 def stop(process: subprocess.Popen[str], log: Path, rows: int, number: signal.Signals) -> None:
@@ -38,7 +37,7 @@ def stop(process: subprocess.Popen[str], log: Path, rows: int, number: signal.Si
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate()
     assert process.returncode == (143 if number is signal.SIGTERM else -number), output
 
 
