@@ -2,8 +2,13 @@
 
     python benchmarks/grpo_gpu.py            # writes results/grpo-gpu-<device>.json
 
-A fresh SSE-H answers random prompts and is rewarded for even ids. Each case is run for a few steps,
-with the routing replayed and not, states in fp32 and bf16; both sides run the same weights.
+A fresh SSE-H answers random prompts and is rewarded for even ids; with --model and --problems, a
+trained one answers real problems, is graded, and learns:
+
+    python benchmarks/grpo_gpu.py --model runs/gsm8k_smollm2/sft --problems gsm8k_train.jsonl
+
+Each case is run for a few steps from the same weights, with the routing replayed and not, states in
+fp32 and bf16; both sides run the same weights.
 """
 
 from __future__ import annotations
@@ -12,15 +17,22 @@ import argparse
 import json
 import subprocess
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from sse_rewards import score
 
+from sse_rl.data.problems import load_problems
+from sse_rl.data.prompts import drop_long, render
+from sse_rl.data.stream import PromptStream
+from sse_rl.data.tokenizer import named_tokenizer
 from sse_rl.learner.step import Learner
 from sse_rl.model import SSEConfig, SSEForCausalLM
-from sse_rl.recipe import Grpo
+from sse_rl.pipeline.evaluate import eos_token_ids, load_policy
+from sse_rl.recipe import Data, Grpo, Source
 from sse_rl.rollout.engine import Engine
 from sse_rl.types import Completion, Group, Prompt, Request, SamplingParams, Trajectory
 
@@ -38,19 +50,48 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--model", help="a folder; the fresh model's shape is not used then")
+    parser.add_argument("--problems", help="JSONL, for --model")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--commit", help="where the tree is no git checkout")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    if bool(options.model) != bool(options.problems):
+        parser.error("--model and --problems go together")
+    task = Task.of(options)
     rows = []
-    for variant in ("gla", "gdn"):
+    for variant in (task.variant,) if task else ("gla", "gdn"):
         for replay in (True, False):
             for state in ("float32", "bfloat16"):
-                rows.append(run(options, variant, replay, state))
+                rows.append(run(options, variant, replay, state, task))
                 print(json.dumps(rows[-1]), flush=True)
-    write(options, rows)
+                write(options, rows)
 
 
-def run(options: argparse.Namespace, variant: str, replay: bool, state: str) -> dict[str, Any]:
-    """Some GRPO steps of one case; the metrics of the last, after warm-up by those before."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A trained model and real problems, in the order they are asked."""
+
+    model: Path
+    variant: str
+    prompts: list[Prompt]
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Task | None:
+        if options.model is None:
+            return None
+        tokenizer = named_tokenizer(options.model, None)
+        data = Data(tokenizer=options.model, train=Source(path=options.problems))
+        prompts = render(load_problems(data.train), tokenizer, data)
+        prompts = drop_long(prompts, options.prompt_tokens)
+        stream = PromptStream(prompts, seed=0)
+        dealt = [stream[i] for i in range(options.steps * options.prompts)]
+        variant = SSEConfig.from_pretrained(options.model).linear_attn_type
+        return cls(Path(options.model), variant, dealt, tokenizer)
+
+
+def fresh(options: argparse.Namespace, variant: str) -> SSEForCausalLM:
     torch.manual_seed(0)
     config = SSEConfig(
         vocab_size=4096,
@@ -65,9 +106,18 @@ def run(options: argparse.Namespace, variant: str, replay: bool, state: str) -> 
         max_position_embeddings=4096,
         attn={"layers": list(range(3, options.layers, 4)), "num_heads": options.width // 64},
     )
+    return SSEForCausalLM(config)
+
+
+def run(
+    options: argparse.Namespace, variant: str, replay: bool, state: str, task: Task | None
+) -> dict[str, Any]:
+    """Some GRPO steps of one case. Speeds are the last step's, after warm-up by those before; where
+    the model is a trained one, the rest are means over the steps, maxima apart."""
     dtype = getattr(torch, options.dtype)
-    policy = SSEForCausalLM(config).to(options.device, dtype)
-    actor = SSEForCausalLM(config).to(options.device, dtype).eval().requires_grad_(False)
+    load = lambda: load_policy(task.model) if task else fresh(options, variant)
+    policy = load().to(options.device, dtype)
+    actor = load().to(options.device, dtype).eval().requires_grad_(False)
     longest = options.prompt_tokens + options.tokens
     sequences = options.prompts * options.answers
     engine = Engine(
@@ -76,7 +126,7 @@ def run(options: argparse.Namespace, variant: str, replay: bool, state: str) -> 
         num_pages=sequences * -(-longest // PAGE) + 1,
         page_size=PAGE,
         max_num_batched_tokens=8192,
-        eos_token_ids=(0,),
+        eos_token_ids=eos_token_ids(task.tokenizer) if task else (0,),
         max_model_len=longest,
         state_dtype=getattr(torch, state),
     )
@@ -85,45 +135,69 @@ def run(options: argparse.Namespace, variant: str, replay: bool, state: str) -> 
         prompts_per_step=options.prompts,
         num_generations=options.answers,
         max_completion_length=options.tokens,
-        learning_rate=1e-5,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_tokens_per_micro_batch=32768,
         routing_replay=replay,
     )
     learner = Learner(policy, grpo, device=options.device)
-    metrics: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
     for step in range(options.steps):
         engine.set_weights(learner.weights(), step)
         began = time.perf_counter()
-        groups = rollout(engine, options, step)
+        groups = rollout(engine, options, step, task)
         generated = time.perf_counter()
+        sampled = sum(len(t.token_ids) for group in groups for t in group.trajectories)
+        if task:
+            grade(groups, task)
+        graded = time.perf_counter()
         metrics = learner.step(groups)
         learned = time.perf_counter()
-        metrics["rollout_tokens_per_s"] = sequences * options.tokens / (generated - began)
-        metrics["learner_tokens_per_s"] = metrics["tokens"] / (learned - generated)
-    names = (
-        "rollout_logprob_diff_mean",
-        "rollout_logprob_diff_max",
-        "rollout_kl",
-        "flip_rate",
-        "grad_norm",
-        "rollout_tokens_per_s",
-        "learner_tokens_per_s",
-    )
+        metrics["rollout_tokens_per_s"] = sampled / (generated - began)
+        metrics["learner_tokens_per_s"] = metrics["tokens"] / (learned - graded)
+        steps.append(metrics)
     case = f"{variant}, replay {'on' if replay else 'off'}, {state} state"
-    return {"case": case, "steps": options.steps} | {name: metrics[name] for name in names}
+    row: dict[str, Any] = {"case": case, "steps": options.steps}
+    if task is None:
+        return row | {name: steps[-1][name] for name in (*MEANS, *MAXIMA, *SPEEDS)}
+    row |= {name: sum(s[name] for s in steps) / len(steps) for name in (*MEANS, *TRAINED)}
+    row |= {name: max(s[name] for s in steps) for name in (*MAXIMA, "importance_ratio/max")}
+    row |= {name: steps[-1][name] for name in SPEEDS}
+    return row | {"rewards": [round(s["reward"], 4) for s in steps]}
 
 
-def rollout(engine: Engine, options: argparse.Namespace, step: int) -> list[Group]:
-    generator = torch.Generator().manual_seed(step)
-    shape = (options.prompts, options.prompt_tokens)
-    prompts = torch.randint(1, 4096, shape, generator=generator).tolist()
+MEANS = ("rollout_logprob_diff_mean", "rollout_kl", "flip_rate", "grad_norm")
+TRAINED = ("reward", "entropy", "correction_share", "completion_length/mean")
+MAXIMA = ("rollout_logprob_diff_max",)
+SPEEDS = ("rollout_tokens_per_s", "learner_tokens_per_s")
+
+
+def rollout(
+    engine: Engine, options: argparse.Namespace, step: int, task: Task | None
+) -> list[Group]:
+    if task:
+        prompts = task.prompts[step * options.prompts : (step + 1) * options.prompts]
+    else:
+        generator = torch.Generator().manual_seed(step)
+        shape = (options.prompts, options.prompt_tokens)
+        ids = torch.randint(1, 4096, shape, generator=generator).tolist()
+        prompts = [Prompt(str(i), tuple(row), "") for i, row in enumerate(ids)]
     params = SamplingParams(
-        n=options.answers, max_tokens=options.tokens, ignore_eos=True, seed=step
+        n=options.answers, max_tokens=options.tokens, ignore_eos=task is None, seed=step
     )
-    requests = [Request(str(i), tuple(ids), params) for i, ids in enumerate(prompts)]
+    requests = [Request(str(i), prompt.token_ids, params) for i, prompt in enumerate(prompts)]
     return [
-        Group(i, Prompt(str(i), tuple(prompts[i]), ""), [trajectory(c) for c in completions])
+        Group(i, prompts[i], [trajectory(c) for c in completions])
         for i, completions in enumerate(engine.generate(requests))
     ]
+
+
+def grade(groups: list[Group], task: Task) -> None:
+    for group in groups:
+        for answer in group.trajectories:
+            ids = answer.token_ids.tolist()
+            answer.text = task.tokenizer.decode(ids, skip_special_tokens=True)
+            answer.reward = score(answer.text, group.prompt.answer).reward
 
 
 def trajectory(completion: Completion) -> Trajectory:
@@ -142,21 +216,25 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     device = torch.cuda.get_device_name() if cuda else "cpu"
     commit = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(commit, capture_output=True, text=True, check=False)
+    name = "mismatch" if options.model else "grpo-gpu"
+    shown = "--model runs/gsm8k_smollm2/sft --problems gsm8k_train.jsonl" if options.model else ""
     result = {
-        "name": "grpo-gpu",
+        "name": name,
         "device": device,
         "torch": torch.__version__,
         "triton": __import__("triton").__version__ if cuda else None,
         "commit": options.commit or found.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
-        "command": "python benchmarks/grpo_gpu.py",
+        "command": f"python benchmarks/grpo_gpu.py {shown}".strip(),
         "shape": {
-            key: value for key, value in vars(options).items() if key not in ("device", "commit")
+            key: value
+            for key, value in vars(options).items()
+            if key not in ("device", "commit", "out", "model", "problems")
         },
         "rows": rows,
     }
-    path = Path(__file__).parent / "results" / f"grpo-gpu-{device.replace(' ', '-').lower()}.json"
-    path.parent.mkdir(exist_ok=True)
+    options.out.mkdir(exist_ok=True)
+    path = options.out / f"{name}-{device.replace(' ', '-').lower()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
