@@ -185,7 +185,7 @@ class Bench:
             return model.packed(torch.from_numpy(rows.tokens).to(device), seqs).hidden
 
     def measured(self) -> list[Rows]:
-        return self.held_out.in_order(self.options.kl_tokens)
+        return self.held_out.in_order(self.options.kl_tokens, self.options.rows)
 
 
 def write(

@@ -55,14 +55,12 @@ class PackedText:
 
     def batch(self, number: int, size: int) -> Rows:
         """Rows number*size to (number+1)*size of endless epochs, each in a fresh order."""
-        rows = [self._row(self._dealt(number * size + i)) for i in range(size)]
-        return Rows(
-            np.concatenate([row.tokens for row in rows]), [n for row in rows for n in row.lengths]
-        )
+        return _joined([self._row(self._dealt(number * size + i)) for i in range(size)])
 
-    def in_order(self, tokens: int) -> list[Rows]:
-        """The first rows, one by one: as many as `tokens` pays for, at least one."""
-        return [self._row(i) for i in range(min(len(self), max(1, tokens // self.max_length)))]
+    def in_order(self, tokens: int, size: int = 1) -> list[Rows]:
+        """The first rows, `size` at a time: as many as `tokens` pays for, at least one."""
+        rows = [self._row(i) for i in range(min(len(self), max(1, tokens // self.max_length)))]
+        return [_joined(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _dealt(self, position: int) -> int:
         epoch, place = divmod(position, len(self))
@@ -77,6 +75,11 @@ class PackedText:
         inside = [int(cut) for cut in self._ends[first:last] if begin < cut < end]
         lengths = [b - a for a, b in pairwise([begin, *inside, end])]
         return Rows(self._tokens[begin:end], lengths)
+
+
+def _joined(rows: Sequence[Rows]) -> Rows:
+    lengths = [length for row in rows for length in row.lengths]
+    return Rows(np.concatenate([row.tokens for row in rows]), lengths)
 
 
 def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[np.ndarray]:

@@ -94,12 +94,17 @@ def distill(
 
 @torch.no_grad()
 def perplexity(
-    model: SSEForCausalLM, text: PackedText, max_tokens: int, bf16: bool = False
+    model: SSEForCausalLM,
+    text: PackedText,
+    max_tokens: int,
+    *,
+    rows_at_once: int = 1,
+    bf16: bool = False,
 ) -> float:
     """exp of the mean cross-entropy of the tokens of `text`, the first of a sequence apart, over
     the first rows that `max_tokens` pays for."""
     total, count = 0.0, 0
-    for rows in text.in_order(max_tokens):
+    for rows in text.in_order(max_tokens, rows_at_once):
         tokens, seqs = _to_device(rows, model.device)
         at, following = _predicted(tokens, seqs)
         with _autocast(model.device, bf16):
@@ -314,8 +319,17 @@ class _Distillation:
     def perplexities(
         self, model: SSEForCausalLM, held_out: Mapping[str, PackedText]
     ) -> dict[str, float]:
-        tokens, bf16 = self.options.eval_tokens, self.options.bf16
-        return {name: perplexity(model, text, tokens, bf16) for name, text in held_out.items()}
+        options = self.options
+        return {
+            name: perplexity(
+                model,
+                text,
+                options.eval_tokens,
+                rows_at_once=options.per_device_train_batch_size,
+                bf16=options.bf16,
+            )
+            for name, text in held_out.items()
+        }
 
     def to_device(self, rows: Rows) -> tuple[Tensor, PackedInputs]:
         return _to_device(rows, self.student.device)

@@ -1,0 +1,206 @@
+"""What recipes/gsm8k_smollm2.yaml showed: runs collected into result files, and docs/results.md.
+
+    python benchmarks/gsm8k.py collect runs/gsm8k_smollm2 [--eval teacher=evals/teacher/gsm8k_test]
+    python benchmarks/gsm8k.py draw            # curves and samples of docs/results.md from them
+
+`collect` writes results/gsm8k-<run>.json: everything that the page shows of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from sse_eval.compare import compare
+
+from sse_rl.report.curves import Curve, draw
+from sse_rl.report.sinks import read_rows
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, PICTURES = ROOT / "benchmarks/results", ROOT / "docs/results.md", "results"
+SCORES = ("avg", "ci_sampling", "ci_bootstrap", "pass_at", "maj", "boxed", "truncated", "tokens")
+CURVES = {
+    "reward": ("reward",),
+    "accuracy": ("eval/heldout", "eval/heldout_greedy"),
+    "length": ("completion_length/mean", "completion_length/ended"),
+    "entropy": ("entropy",),
+    "kl": ("rollout_kl",),
+    "flips": ("flip_rate",),
+}
+STYLE = "svg{--a:#0b63c5;--b:#d9730d;--line:#c5cad2;--dim:#667}text{font-family:sans-serif}"
+SHOWN_SAMPLES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect")
+    collecting.add_argument("run", type=Path)
+    collecting.add_argument("--eval", action="append", default=[], metavar="NAME=FOLDER")
+    collecting.add_argument("--commit", help="where the tree is no git checkout")
+    collecting.add_argument("--out", type=Path, default=RESULTS)
+    commands.add_parser("draw")
+    options = parser.parse_args()
+    if options.command == "draw":
+        draw_page()
+    else:
+        others = dict(entry.split("=", 1) for entry in options.eval)
+        result = collect(options.run, {k: Path(v) for k, v in others.items()}, options.commit)
+        options.out.mkdir(exist_ok=True)
+        path = options.out / f"gsm8k-{result['name']}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(path)
+
+
+def collect(run: Path, others: dict[str, Path], commit: str | None) -> dict[str, Any]:
+    """All that is shown of the run in a folder, finished or not, and of evaluations beside it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+    summary = _json(run / "summary.json")
+    folders = {path.name: path for path in sorted((run / "eval").glob("*-*"))} | others
+    return {
+        "name": summary.get("name", run.name),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "commit": commit or found or "unknown",
+        "date": date.today().isoformat(),
+        "command": "sse-rl run recipes/gsm8k_smollm2.yaml",
+        "recipe": _without_places((run / "recipe.yaml").read_text()),
+        "summary": summary | {"export": None},
+        "perplexity": _json(run / "distill" / "perplexity.json"),
+        "distill": read_rows(run / "distill.jsonl"),
+        "sft": read_rows(run / "sft.jsonl"),
+        "steps": read_rows(run / "metrics.jsonl"),
+        "evaluations": {name: _scores(path) for name, path in folders.items()},
+        "gain": _gain(run / "eval"),
+        "samples": _samples(run / "eval"),
+    }
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    summary = _json(folder / "summary.json")
+    return {key: summary[key] for key in ("problems", "samples", *SCORES) if key in summary} | {
+        "perf": {k: v for k, v in summary.get("perf", {}).items() if k != "environment"}
+    }
+
+
+def _gain(folder: Path) -> dict[str, Any]:
+    """The last evaluation of each protocol against the first, paired by problem."""
+    gains = {}
+    for name, (first, last) in _ends(folder).items():
+        found = compare(first, last)
+        gains[name] = {
+            "before": found.before,
+            "after": found.after,
+            "difference": found.difference,
+            "interval": found.interval,
+            "p": found.p_value,
+            "problems": found.problems,
+        }
+    return gains
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """Greedy answers to the first problems, before and after."""
+    ends = _ends(folder).get("heldout_greedy")
+    if ends is None:
+        return []
+    before, after = ({row["id"]: row for row in read_rows(e / "results.jsonl")} for e in ends)
+    problems = {row["id"]: row["problem"] for row in read_rows(ends[0] / "problems.jsonl")}
+    keys = ("completion", "reward", "tokens")
+    return [
+        {"id": id, "problem": text, "answer": before[id]["answer"]}
+        | {"before": {k: before[id][k] for k in keys}, "after": {k: after[id][k] for k in keys}}
+        for id, text in list(problems.items())[:40]
+        if id in before and id in after
+    ]
+
+
+def _ends(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Each protocol's first and last evaluation."""
+    steps: dict[str, list[int]] = {}
+    for path in folder.glob("*-*/summary.json"):
+        name, _, step = path.parent.name.rpartition("-")
+        steps.setdefault(name, []).append(int(step))
+    return {
+        name: (folder / f"{name}-{min(found)}", folder / f"{name}-{max(found)}")
+        for name, found in steps.items()
+        if len(found) > 1
+    }
+
+
+def draw_page() -> None:
+    """The pictures and the samples of docs/results.md; its tables are benchmarks/tables.py's."""
+    folder = PAGE.parent / PICTURES
+    folder.mkdir(exist_ok=True)
+    for path in sorted(RESULTS.glob("gsm8k-*.json")):
+        result = json.loads(path.read_text())
+        for name, picture in pictures(result).items():
+            (folder / f"{result['name']}-{name}.svg").write_text(picture)
+    text = PAGE.read_text()
+    mark = re.compile(r"(<!-- samples: (\S+) -->\n).*?(<!-- end samples -->)", re.DOTALL)
+    PAGE.write_text(mark.sub(lambda found: found[1] + samples(found[2]) + found[3], text))
+
+
+def pictures(result: dict[str, Any]) -> dict[str, str]:
+    """Name -> SVG, of what the run logged."""
+    last = result["steps"][-1]["step"] if result["steps"] else 0
+    drawn = {}
+    for name, keys in CURVES.items():
+        curves = []
+        for key in keys:
+            points = [
+                (row["step"], row[key]) for row in result["steps"] if row.get(key) is not None
+            ]
+            if key.startswith("eval/"):  # logged with the step after
+                points = [(step - 1, value) for step, value in points]
+                final = result["evaluations"].get(f"{key.removeprefix('eval/')}-{last}", {})
+                points += [(last, final["avg"])] if final.get("avg") is not None else []
+            if points:
+                curves.append(Curve(key, points))
+        if curves:
+            drawn[name] = _standalone(draw(curves))
+    return drawn
+
+
+def samples(name: str) -> str:
+    """Problems whose answer changed most: wrong before and right after first."""
+    result = json.loads((RESULTS / f"gsm8k-{name}.json").read_text())
+    order = lambda row: row["before"]["reward"] - row["after"]["reward"]
+    chosen = sorted(result["samples"], key=order)[:SHOWN_SAMPLES]
+    quote = lambda text: "\n".join(f"> {line}" for line in text.strip().splitlines())
+    return "".join(
+        f"**{row['problem'].strip()}** (answer {row['answer']})\n\n"
+        + "".join(
+            f"{when} GRPO, {'right' if row[when]['reward'] else 'wrong'}:\n\n"
+            f"{quote(row[when]['completion'])}\n\n"
+            for when in ("before", "after")
+        )
+        for row in chosen
+    )
+
+
+def _standalone(svg: str) -> str:
+    head, body = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}\n'
+
+
+def _without_places(text: str) -> str:
+    """Absolute paths, of whatever machine, cut to their last part."""
+    return re.sub(r"(?<![\w.])(/[\w.-]+)+/", "", text)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    main()
