@@ -90,7 +90,8 @@ def read(options: argparse.Namespace, layers: list[int], teacher: SSEForCausalLM
     for rows in text.in_order(options.rows * options.length):
         seqs, kept = packed_inputs(rows.lengths, device=options.device), {}
         x = teacher.model.embeddings(torch.from_numpy(rows.tokens).to(options.device))
-        for i, layer in enumerate(list(teacher.model.layers)[: max(layers) + 1]):
+        blocks: Any = teacher.model.layers
+        for i, layer in enumerate(blocks[: max(layers) + 1]):
             normed = layer.attn_norm(x)
             mixed = layer.attn(normed, seqs)
             x = x + mixed
@@ -105,7 +106,8 @@ def align(
     student: SSEForCausalLM, layer: int, examples: list[Example], epochs: int, rate: float
 ) -> list[float]:
     """The held-out error of a layer, before and after each epoch, one row a step."""
-    mixer = student.model.layers[layer].attn
+    layers: Any = student.model.layers
+    mixer = layers[layer].attn
     adamw = torch.optim.AdamW(mixer.parameters(), lr=rate, weight_decay=0.0)
     trained, held_out = examples[HELD_OUT:], examples[:HELD_OUT]
     steps = epochs * len(trained)

@@ -3,9 +3,10 @@
     python benchmarks/conversion.py --source SmolLM2 --train gsm8k_train.jsonl \
         --held-out gsm8k_test.jsonl            # writes results/conversion-<device>.json
 
-First all layers are converted and aligned, and each is put alone into the teacher: how far its
-logits then move (nats a token) says which layers should stay attention. Then each case is converted
-and distilled on the same rows, in the same order, from the same seed.
+First all layers are converted and aligned; then attention is put back layer by layer, each time
+where that brings the model nearest to its teacher (divergence of the logits, nats a token). This
+is the order in which layers should be kept. Then each case is converted and distilled on the same
+rows, in the same order, from the same seed.
 """
 
 from __future__ import annotations
@@ -27,26 +28,29 @@ from sse_rl.data.problems import load_problems
 from sse_rl.data.tokenizer import named_tokenizer
 from sse_rl.model import SSEForCausalLM, packed_inputs
 from sse_rl.model.convert import as_softmax, convert, kept_layers, load_teacher
+from sse_rl.model.mixer import SSEMixer
 from sse_rl.pipeline.distill import Perplexities, distill
 from sse_rl.recipe import Convert, Data, Distill, Source
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "8 most sensitive": ({}, {}),
+    "8 that help most": ({}, {}),
     "8 layers, evenly spread": ({"attention_layers": 8}, {}),
-    "the most sensitive and 7 evenly spread": ({"attention_layers": "1 and 7"}, {}),
-    "15 most sensitive": ({"attention_layers": "15"}, {}),
-    "8, output gate": ({"use_output_gate": True}, {}),
-    "8, distilled at 1e-3": ({}, {"learning_rate": 1e-3}),
-    "8, aligned at 3e-3": ({}, {"align_learning_rate": 3e-3}),
+    "the first and 7 evenly spread": ({"attention_layers": "1 and 7"}, {}),
+    "15 that help most": ({"attention_layers": "15"}, {}),
+    "8, teacher trained first": ({}, {"teacher_steps": 40}),
+    "8, no output gate": ({"use_output_gate": False}, {}),
+    "8, distilled at 3e-4": ({}, {"learning_rate": 3e-4}),
+    "8, aligned at 1e-3": ({}, {"align_learning_rate": 1e-3}),
     "8, not aligned": ({}, {"align_steps": 0}),
     "8, the text's cross-entropy alone": ({}, {"kl_coef": 0.0, "lm_coef": 1.0}),
-    "8, teacher trained first": ({}, {"teacher_steps": 40}),
-    "8, no short convolution": ({"use_short_conv": False}, {}),
-    "8, N = 8, K = 2": ({"num_sparse_partition": 8, "num_writer": 2}, {}),
     "8, GDN": ({"linear_attn_type": "gdn"}, {}),
-    "8, GDN, output gate": ({"linear_attn_type": "gdn", "use_output_gate": True}, {}),
+    "8, N = 8, K = 2": ({"num_sparse_partition": 8, "num_writer": 2}, {}),
+    "8, no short convolution": ({"use_short_conv": False}, {}),
 }
-"""Name -> keys of `Convert` and of `Distill`; the 8 most sensitive layers are kept if not said."""
+"""Name -> keys of `Convert` and of `Distill` that differ from `CONVERTED` and `DISTILLED`; the 8
+layers that help most are kept if not said."""
+CONVERTED: dict[str, Any] = {"use_output_gate": True}
+DISTILLED: dict[str, Any] = {"align_learning_rate": 5e-3, "learning_rate": 1e-3, "lm_coef": 0.2}
 
 
 def main() -> None:
@@ -55,7 +59,9 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="problems with solutions, JSONL")
     parser.add_argument("--held-out", required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cases", help="numbers, e.g. 0,2; default all")
+    parser.add_argument("--cases", help="numbers, e.g. 0,2; '' for none; default all")
+    parser.add_argument("--ranked", help="layers, the one to keep first, where the order is known")
+    parser.add_argument("--keep", type=int, default=15, help="layers to put in order")
     parser.add_argument("--align-steps", type=int, default=60)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=16)
@@ -67,29 +73,35 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     bench = Bench(options)
-    print(json.dumps({"at": round(time.monotonic() - began)}), flush=True)
-    sensitivity = bench.sensitivity()
-    at = round(time.monotonic() - began)
-    print(json.dumps({"at": at, "sensitivity": sensitivity}), flush=True)
-    ranked = sorted(range(len(sensitivity)), key=lambda i: -sensitivity[i])
-    wanted = [int(n) for n in options.cases.split(",")] if options.cases else range(len(CASES))
     rows: list[dict[str, Any]] = []
+    order: list[dict[str, Any]] = []
+    if options.ranked:
+        ranked = [int(layer) for layer in options.ranked.split(",")]
+    else:
+        order = bench.order(options.keep)
+        ranked = [found["layer"] for found in order[1:]]
+        write(options, rows, order)
+    wanted = (
+        [int(n) for n in options.cases.split(",") if n]
+        if options.cases is not None
+        else range(len(CASES))
+    )
     for name, (converted, distilled) in (list(CASES.items())[n] for n in wanted):
-        converted = converted | {"attention_layers": kept(converted, ranked)}
+        converted = converted | {"attention_layers": kept(converted, ranked, bench.layers)}
         rows.append(
             {"case": name, "at": round(time.monotonic() - began)} | bench.run(converted, distilled)
         )
         print(json.dumps(rows[-1]), flush=True)
-        write(options, rows, sensitivity)
+        write(options, rows, order)
 
 
-def kept(converted: dict[str, Any], ranked: list[int]) -> int | list[int]:
-    """The layers that a case keeps, `ranked` from the most sensitive on."""
+def kept(converted: dict[str, Any], ranked: list[int], layers: int) -> int | list[int]:
+    """The layers that a case keeps, `ranked` from the one that helps most on."""
     wanted = converted.get("attention_layers", "8")
     if isinstance(wanted, int):
         return wanted
     count, _, spread = wanted.partition(" and ")
-    return sorted({*ranked[: int(count)], *kept_layers(int(spread or 0), len(ranked))})
+    return sorted({*ranked[: int(count)], *kept_layers(int(spread or 0), layers)})
 
 
 class Bench:
@@ -100,6 +112,7 @@ class Bench:
         tokenizer = named_tokenizer(options.source, None)
         self.origin = load_teacher(options.source)
         self.teacher = as_softmax(self.origin, options.source).to(options.device)
+        self.layers = self.origin.config.num_hidden_layers
 
         def text(path: str) -> PackedText:
             source = Source(path=path, solution_remove="<<.*?>>")
@@ -127,12 +140,11 @@ class Bench:
         self, converted: dict[str, Any], changed: dict[str, Any]
     ) -> tuple[SSEForCausalLM, Perplexities, list[dict[str, float]]]:
         """A student after both stages, what was measured on the way, and the log."""
-        wanted = Convert(source=self.options.source, **converted)
+        wanted = Convert(source=self.options.source, **CONVERTED | converted)
         student = convert(self.origin, wanted).to(self.options.device)
         settings: dict[str, Any] = {
             "align_steps": self.options.align_steps,
             "max_steps": self.options.steps,
-            "learning_rate": 5e-4,
             "per_device_train_batch_size": self.options.rows,
             "max_length": self.options.length,
             "warmup_steps": 10,
@@ -147,22 +159,33 @@ class Bench:
                 as_softmax(self.origin, self.options.source).to(self.options.device),
                 self.text,
                 {"held-out": self.held_out},
-                options=Distill(**settings | changed),
+                options=Distill(**settings | DISTILLED | changed),
                 seed=0,
                 state=Path(folder),
                 progress=lambda step, metrics: log.append({"step": step, **metrics}),
             )
         return student, perplexities, log
 
-    def sensitivity(self) -> list[float]:
-        """For each layer, the divergence that it alone, converted and aligned, brings about."""
+    def order(self, count: int) -> list[dict[str, Any]]:
+        """Layers put back to attention one after another, the one that helps most first, with the
+        divergence that is left; before them, that of a model with none."""
         student, _, _ = self.distilled({"attention_layers": []}, {"max_steps": 0})
-        moved = []
-        for own, other in zip(self.teacher.model.layers, student.model.layers, strict=True):
-            attention, own.attn = own.attn, other.attn
-            moved.append(round(self.divergence(self.teacher), 4))
-            own.attn = attention
-        return moved
+        blocks: Any = student.model.layers
+        attention: Any = [block.attn for block in self.teacher.model.layers]  # pyright: ignore
+        found: list[dict[str, Any]] = [{"layer": None, "kl": round(self.divergence(student), 4)}]
+        print(json.dumps(found[-1]), flush=True)
+        while len(found) <= count:
+            tried = {}
+            for i, block in enumerate(blocks):
+                if isinstance(block.attn, SSEMixer):
+                    mixer, block.attn = block.attn, attention[i]
+                    tried[i] = self.divergence(student)
+                    block.attn = mixer
+            best = min(tried, key=tried.__getitem__)
+            blocks[best].attn = attention[best]
+            found.append({"layer": best, "kl": round(tried[best], 4)})
+            print(json.dumps(found[-1]), flush=True)
+        return found
 
     @torch.no_grad()
     def divergence(self, model: SSEForCausalLM) -> float:
@@ -189,7 +212,7 @@ class Bench:
 
 
 def write(
-    options: argparse.Namespace, rows: list[dict[str, Any]], sensitivity: list[float]
+    options: argparse.Namespace, rows: list[dict[str, Any]], order: list[dict[str, Any]]
 ) -> None:
     cuda = options.device == "cuda"
     device = torch.cuda.get_device_name() if cuda else "cpu"
@@ -203,10 +226,12 @@ def write(
         "commit": options.commit or found.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
         "command": "python benchmarks/conversion.py --source SmolLM2-135M-Instruct "
-        "--train gsm8k_train.jsonl --held-out gsm8k_test.jsonl",
-        "steps": {"align": options.align_steps, "distil": options.steps},
+        "--train gsm8k_train.jsonl --held-out gsm8k_test.jsonl"
+        + ("" if cuda else f" --device cpu --rows {options.rows} --length {options.length}")
+        + f" --align-steps {options.align_steps} --steps {options.steps}",
         "tokens_a_step": options.rows * options.length,
-        "sensitivity": sensitivity,
+        "kl_tokens": options.kl_tokens,
+        "order": order,
         "rows": rows,
     }
     options.out.mkdir(exist_ok=True)
