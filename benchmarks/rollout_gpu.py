@@ -70,7 +70,7 @@ def main() -> None:
         for batch in options.batches:
             rows.append(run(name, batch, options))
             print(json.dumps(rows[-1]), flush=True)
-    write(options, rows)
+            write(options, rows)
 
 
 def run(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +107,9 @@ def build(name: str, batch: int, options: argparse.Namespace) -> Engine:
         max_position_embeddings=4096,
         **MODELS[name],
     )
-    model = SSEForCausalLM(config).to(options.device, torch.bfloat16).requires_grad_(False)
+    with torch.device(options.device):
+        model = SSEForCausalLM(config)
+    model = model.to(options.device, torch.bfloat16).requires_grad_(False)
     longest = options.prompt_tokens + options.tokens
     return Engine(
         model,
@@ -168,7 +170,7 @@ def kind(kernel: str) -> str:
     kinds = {
         "sampling": ("sample_kernel",),
         "attention": ("paged_attention", "join_parts", "rotate_kernel"),
-        "recurrence": ("gla_", "gdn_", "sse_", "partitions"),
+        "recurrence": ("layer_step", "layer_inputs", "gla_", "gdn_", "partitions"),
         "products": ("gemm", "gemv", "cutlass", "nvjet", "splitK", "xmma", "cublas"),
     }
     return next((k for k, names in kinds.items() if any(n in kernel for n in names)), "other")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from sse_rl.rollout import graphs
 from sse_rl.rollout.graphs import StepGraphs, row_bucket
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/rollout/test_graphs.py")
@@ -31,6 +32,12 @@ class PlainSteps(StepGraphs):
                 return outputs
 
         return Graph()
+
+
+@pytest.fixture(autouse=True)
+def little_padding(monkeypatch):
+    """One row of scratch: each costs the interpreter milliseconds."""
+    monkeypatch.setattr(graphs, "row_bucket", lambda rows: rows + 1)
 
 
 def run_ahead(engine):
