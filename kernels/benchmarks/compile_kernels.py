@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/compile_kernels.py --capability 90 [--width 128] [KERNEL ...]
 
-Prints one JSON object a kernel. Heads of `width` channels, 16 heads, bf16, K = 1, N = 4.
+Prints one JSON object a kernel. Heads of `width` channels, 16 heads, bf16, K = 1, N = 4;
+SSE-GLA over sequences from raw projections.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sse_kernels.delta.gate import NORM_EPS
 from sse_kernels.gla import (
     triton_backward,
     triton_forward,
+    triton_gradients,
     triton_prepare,
     triton_step,
 )
@@ -35,8 +37,7 @@ KERNELS = {
     "gla_fwd": triton_forward.gla_fwd_kernel,
     "gla_states": triton_backward.gla_states_kernel,
     "gla_dstates": triton_backward.gla_dstates_kernel,
-    "gla_dscores": triton_backward.gla_dscores_kernel,
-    "gla_dqk": triton_backward.gla_dqk_kernel,
+    "gla_dqk": triton_gradients.gla_dqk_kernel,
     "gla_step": triton_step.gla_step_kernel,
     "gdn_step": delta_step.gdn_step_kernel,
     "layer_step": triton_layer_step.layer_step_kernel,
@@ -48,11 +49,11 @@ HEAD = Blocks(0, 0, head_rows.WARPS, 1)
 _INTEGERS = {"T", "B", "M", "S", "COLUMNS"}
 _ABSENT = {"initial_state", "final_state", "dfinal", "dinitial", "a_log", "dt_bias", "ROW_TOPK"}
 _FP32 = {
-    "shared", "g1", "g2", "weights", "scales", "dg1", "dg2", "dw", "state",
+    "g1", "g2", "weights", "scales", "norms", "dw", "state",
     "z", "stats", "chosen", "lse", "entropy", "dlogprob", "dentropy",
 }  # fmt: skip
 _INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32"}
-_INDEX |= {"ids": "*i64", "slots": "*i64", "targets": "*i64"}
+_INDEX |= {"ids": "*i64", "slots": "*i64", "targets": "*i64", "lowest": "*i64"}
 
 
 def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
@@ -63,7 +64,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     constants = {
         "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
         "BK": min(blocks.k, width), "BV": min(blocks.v, width), "SCALE": width**-0.5,
-        "BACKWARD": True, "PRECISION": "tf32", "EPS": NORM_EPS, "GATE_LAST": False,
+        "RAW": True, "TOPK": 0, "PRECISION": "tf32", "EPS": NORM_EPS, "GATE_LAST": False,
         "DVP": width, "NP": 4, "BETA_SCALE": 1.0, "TEMPERATURE": 16, "UNIT_EPS": NORM_EPS,
         "STAGES": blocks.stages, "D": 16 * width, "NB": 4, "DB": 512, "KEYS": 16 * width,
         "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 16, "W": 4,
@@ -102,7 +103,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
 def _pointer(argument: str, step: bool) -> str:
     if argument.startswith("steep"):
         return "*i8"
-    if argument == "slots" and not step:
+    if argument in {"slots", "g1", "g2"} and not step:
         return "*bf16"
     return _INDEX.get(argument) or ("*fp32" if argument in _FP32 else "*bf16")
 

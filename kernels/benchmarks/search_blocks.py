@@ -55,7 +55,6 @@ KERNELS = {
     "gla_fwd": Kernel("sse_gla", along_v=True),
     "gla_states": Kernel("sse_gla", along_k=True, along_v=True),
     "gla_dstates": Kernel("sse_gla", along_v=True),
-    "gla_dscores": Kernel("sse_gla", along_v=True),
     "gla_dqk": Kernel("sse_gla", along_k=True, along_v=True),
     "gla_step": Kernel("sse_gla_step"),
     "gdn_step": Kernel("sse_gdn_step"),

@@ -18,6 +18,7 @@ from .gla.naive import naive_sse_gla
 from .gla.op import sse_gla, sse_gla_step
 from .gla.recurrent import recurrent_sse_gla, recurrent_sse_gla_step
 from .head.op import linear_logits, linear_logprob
+from .layer import sse_gdn_layer, sse_gla_layer
 from .layer_inputs import InputWeights, LayerInputs
 from .layer_step import sse_gdn_layer_step, sse_gla_layer_step
 from .norm import gated_rms_norm
@@ -51,9 +52,11 @@ __all__ = [
     "route",
     "silu_mul",
     "sse_gdn",
+    "sse_gdn_layer",
     "sse_gdn_layer_step",
     "sse_gdn_step",
     "sse_gla",
+    "sse_gla_layer",
     "sse_gla_layer_step",
     "sse_gla_step",
 ]

@@ -21,6 +21,14 @@ def gated_rms_norm(o: Tensor, weight: Tensor, gate: Tensor | None = None, *, eps
     expect_tensor(op, "weight", weight, "[Dv]", (o.shape[-1],), o.device)
     if gate is not None:
         expect_tensor(op, "gate", gate, "the shape of o", tuple(o.shape), o.device)
+    if o.is_cuda and o.dtype != torch.float64:
+        try:
+            from .triton_norm import MAX_WIDTH, triton_gated_rms_norm
+        except ImportError:
+            pass
+        else:
+            if o.shape[-1] <= MAX_WIDTH:
+                return triton_gated_rms_norm(o, weight, gate, eps=eps)
     dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
     x = o.to(dtype)
     y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(dtype)

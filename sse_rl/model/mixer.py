@@ -9,15 +9,10 @@ from sse_kernels import (
     Routing,
     causal_conv,
     causal_conv_step,
-    classify,
-    gated_rms_norm,
-    gdn_beta,
-    gdn_log_decay,
-    gla_log_decay,
     route,
-    sse_gdn,
+    sse_gdn_layer,
     sse_gdn_layer_step,
-    sse_gla,
+    sse_gla_layer,
     sse_gla_layer_step,
 )
 from torch import Tensor, nn
@@ -151,32 +146,34 @@ class SSEMixer(nn.Module):
         self, inputs: LayerInputs, seqs: PackedInputs, replay: Tensor | None
     ) -> tuple[Tensor, Routing]:
         """Whole pieces of sequences; the cache's states, if any, are continued and advanced."""
-        q1, k1, q2, k2, v, decays, gate, logits = inputs
-        config, routing = self.config, route(logits, self.config.num_writer, ids=replay)
-        q1, q2, v = F.silu(q1), F.silu(q2), F.silu(v)
+        streams, decays, config = inputs[:5], inputs.decays, self.config
+        routing = route(inputs.logits, config.num_writer, ids=replay)
         state = None if seqs.cache is None else seqs.cache.state[self.index]
         common = {
+            "norm_weight": self.o_norm.weight,
+            "gate": inputs.gate,
+            "eps": config.norm_eps,
             "cu_seqlens": seqs.cu_seqlens,
             "initial_state": None if state is None else state[seqs.slots].float(),
             "output_final_state": state is not None,
         }
         if config.linear_attn_type == "gla":
-            k1, k2 = (classify(k, config.row_topk) for k in (k1, k2))
-            g1, g2 = (gla_log_decay(gk) for gk in decays)
-            o, final = sse_gla(q1, k1, q2, k2, v, g1, g2, routing, **common)
+            y, final = sse_gla_layer(*streams, *decays, routing, row_topk=config.row_topk, **common)
         else:
-            a, b = decays
-            beta = gdn_beta(b, allow_neg_eigval=config.allow_neg_eigval)
-            g = gdn_log_decay(a, self.A_log, self.dt_bias)
-            (g1, g2), (beta1, beta2) = g.chunk(2, -1), beta.chunk(2, -1)
-            k1, k2 = F.silu(k1), F.silu(k2)
-            gates = g1, beta1, g2, beta2
-            after = config.gate_after_norm
-            o, final = sse_gdn(q1, k1, q2, k2, v, *gates, routing, gate_after_norm=after, **common)
+            y, final = sse_gdn_layer(
+                *streams,
+                *decays,
+                routing,
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                allow_neg_eigval=config.allow_neg_eigval,
+                gate_after_norm=config.gate_after_norm,
+                **common,
+            )
         if state is not None:
             assert final is not None
             state[seqs.slots] = final.to(state.dtype)
-        return gated_rms_norm(o, self.o_norm.weight, gate, eps=config.norm_eps), routing
+        return y, routing
 
 
 def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:

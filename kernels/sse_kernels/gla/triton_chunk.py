@@ -8,7 +8,7 @@ from torch import Tensor
 from ..routing import Routing
 from ..routing_plan import routing_plan
 from .triton_backward import gla_backward
-from .triton_forward import gla_forward
+from .triton_forward import gla_forward, sum_slots
 from .triton_shapes import gla_shapes
 
 
@@ -51,12 +51,12 @@ def _gla(
     initial_state: Tensor | None, output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shapes = gla_shapes(q1, v, weights, segments, partitions)
-    final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
-    o = gla_forward(
+    final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
+    slots = gla_forward(
         (q1, k1, q2, k2, v, g1, g2), weights, (rows, segments, chunks), initial_state,
         final_state if output_final_state else None, shapes,
     )  # fmt: skip
-    return o, final_state
+    return sum_slots(slots, v.dtype), final_state
 
 
 @_gla.register_fake
@@ -64,11 +64,11 @@ def _(
     q1, k1, q2, k2, v, g1, g2, weights, rows, segments, chunks, partitions, initial_state,
     output_final_state,
 ):  # fmt: skip
-    final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
+    final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
     return torch.empty_like(v), final_state
 
 
-def _empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: bool) -> Tensor:
+def empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: bool) -> Tensor:
     if not wanted:
         return v.new_empty(0, dtype=torch.float32)
     streams = 1 + partitions

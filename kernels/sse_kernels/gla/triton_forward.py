@@ -1,8 +1,8 @@
 """SSE-GLA forward: a program sweeps one segment's chunks with its state on the chip.
 
-With q', k', A of triton_prepare, G_C a chunk's summed decay and h the state before it:
-    o = q' (e^r_q h) + A v          h <- e^G_C h + e^(G_C - r_k) k'^T v
-Every stream writes its own outputs, the shared one in fp32; they are summed in fixed order.
+With q' and k' of triton_prepare, G_C a chunk's summed decay and h the state before it:
+    o = q' (e^r_q h) + tril(q' k'^T) v          h <- e^G_C h + e^(G_C - r_k) k'^T v
+Every stream writes its own outputs, which the caller sums in fixed order.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
+from .triton_activate import load_values, silu_slope
 from .triton_prepare import prepare
 from .triton_shapes import GlaShapes, dot_precision
 from .triton_steep import add_steep_outputs
@@ -31,35 +32,43 @@ def gla_forward(
     final_state: Tensor | None,
     shapes: GlaShapes,
 ) -> Tensor:
-    """o [T, Hv, Dv]; writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 g2, contiguous."""
+    """Reads of the shared state and of K partitions, [1+K, T, Hv, Dv].
+
+    Writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 g2, contiguous.
+    """
     v = tokens[4]
     rows, segments, chunks = plan
-    prepared = prepare(tokens, weights, plan, shapes, backward=False)
-    shared = torch.empty_like(v, dtype=torch.float32)
-    sparse = v.new_empty(shapes.k, *v.shape)
+    prepared = prepare(tokens, weights, plan, shapes)
+    slots = v.new_empty(1 + shapes.k, *v.shape)
     blocks = block_sizes("gla_fwd", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
     gla_fwd_kernel[(blocks_v * shapes.hv * shapes.segments,)](
-        *prepared[:4], v, rows, segments, initial_state, shared, sparse, final_state,
+        *prepared[:4], v, rows, segments, initial_state, slots, final_state,
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
-        C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
+        C=shapes.chunk, BV=block_v, RAW=shapes.raw, PRECISION=dot_precision(v),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    add_steep_outputs(tokens, weights, plan, prepared.steep, shared, sparse, shapes)
-    return sum_slots(sparse, v.dtype, base=shared)
+    add_steep_outputs(tokens, weights, plan, prepared, slots, shapes)
+    return slots
 
 
 def sum_slots(
-    slots: Tensor, dtype: torch.dtype, *, group: int = 1, base: Tensor | None = None
+    slots: Tensor,
+    dtype: torch.dtype,
+    *,
+    group: int = 1,
+    base: Tensor | None = None,
+    silu_of: Tensor | None = None,
 ) -> Tensor:
     """[S, T, H * group, D] summed over `base`, the S slots and each group of heads, in this order.
 
-    base: [T, H, D] fp32. A single slot of this dtype is overwritten with the sum and returned.
+    base: [T, H, D] fp32. silu_of: the sum is a gradient of silu at this [T, H, D], becomes that of
+    its argument. A single slot of this dtype is overwritten with the sum and returned.
     """
     count, tokens, heads, width = slots.shape
-    if count == 1 and group == 1 and base is None:
+    if count == 1 and group == 1 and base is None and silu_of is None:
         return slots[0].to(dtype)
     if count == 1 and group == 1 and slots.dtype == dtype:
         out = slots[0]
@@ -69,6 +78,7 @@ def sum_slots(
         sum_slots_kernel[(triton.cdiv(out.numel(), 2048),)](
             slots,
             base,
+            silu_of,
             out,
             out.numel(),
             slots[0].numel(),
@@ -82,10 +92,10 @@ def sum_slots(
 
 @triton.jit
 def gla_fwd_kernel(
-    q, k, scores, scales, v, rows, segments, initial_state, shared, sparse, final_state,
+    q, k, scales, steep, v, rows, segments, initial_state, slots, final_state,
     T, B, M,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (DV + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -108,10 +118,12 @@ def gla_fwd_kernel(
         tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
         b_q = tl.load(q + tile)
         b_k = tl.load(k + tile)
-        b_a = tl.load(scores + head * C * C + i_c[:, None] * C + i_c[None, :])
+        b_a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        flat = tl.load(steep + head) == 0
+        b_a = tl.where((i_c[:, None] >= i_c[None, :]) & flat, b_a, 0.0).to(dtype)
         mask, token, row = load_rows(rows, chunk + c, T, C)
-        v_at = v + ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        b_v = tl.load(v_at, mask=mask[:, None] & v_mask, other=0.0).to(dtype)
+        v_at = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        b_v = load_values(v, v_at, mask[:, None] & v_mask, RAW, dtype)
         scales_at = scales + head * 3 * DK + i_k
         h *= tl.load(scales_at)[:, None]
         o = tl.dot(b_q, h.to(dtype), input_precision=PRECISION)
@@ -119,20 +131,15 @@ def gla_fwd_kernel(
         h *= tl.load(scales_at + DK)[:, None]
         h = tl.dot(tl.trans(b_k), b_v, h, input_precision=PRECISION)
         h *= tl.load(scales_at + 2 * DK)[:, None]
-        o_mask = mask[:, None] & v_mask
         o_tile = ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        # Two masked stores: a branch here keeps triton 3.6 from pipelining the loop.
-        tl.store(shared + o_tile, o, mask=o_mask & (row < T)[:, None])
-        o_tile = (((row - T) * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        o_mask &= (row >= T)[:, None]
-        tl.store(sparse + o_tile, o.to(sparse.dtype.element_ty), mask=o_mask)
+        tl.store(slots + o_tile, o.to(slots.dtype.element_ty), mask=mask[:, None] & v_mask)
     if final_state is not None:
         tl.store(final_state + state_tile, h, mask=v_mask)
 
 
 @triton.jit
 def sum_slots_kernel(
-    slots, base, out, size, slot_size,
+    slots, base, silu_of, out, size, slot_size,
     S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -147,4 +154,6 @@ def sum_slots_kernel(
         for j in tl.static_range(GROUP):
             x = tl.load(slots + s * slot_size.to(tl.int64) + source + j * D, mask=mask, other=0.0)
             total += x.to(tl.float32)
+    if silu_of is not None:
+        total *= silu_slope(tl.load(silu_of + i, mask=mask, other=0.0).to(tl.float32))
     tl.store(out + i, total.to(out.dtype.element_ty), mask=mask)

@@ -12,7 +12,7 @@ from ..routing_plan import CHUNK
 
 
 class GlaShapes(NamedTuple):
-    """Axis lengths that every launcher needs."""
+    """What every launcher needs to know of a call."""
 
     tokens: int
     sequences: int
@@ -22,6 +22,10 @@ class GlaShapes(NamedTuple):
     dv: int
     k: int
     n: int
+    raw: bool = False
+    """Tokens are projections, activated as they are read; else activated already."""
+    row_topk: int = 0
+    """How many rows of the state a raw key keeps; 0: all."""
     chunk: int = CHUNK
 
     @property
@@ -36,7 +40,16 @@ class GlaShapes(NamedTuple):
         return self.dk if narrow >= 64 else narrow
 
 
-def gla_shapes(q: Tensor, v: Tensor, weights: Tensor, segments: Tensor, n: int) -> GlaShapes:
+def gla_shapes(
+    q: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    segments: Tensor,
+    n: int,
+    *,
+    raw: bool = False,
+    row_topk: int = 0,
+) -> GlaShapes:
     """Sizes of q [T, H, Dk], v [T, Hv, Dv], weights [T, K] and a plan's segments."""
     return GlaShapes(
         tokens=v.shape[0],
@@ -47,6 +60,8 @@ def gla_shapes(q: Tensor, v: Tensor, weights: Tensor, segments: Tensor, n: int) 
         dv=v.shape[2],
         k=weights.shape[1],
         n=n,
+        raw=raw,
+        row_topk=row_topk if row_topk < q.shape[2] else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the SSE-GLA kernels read alike: a chunk's rows, their weights and decays."""
+"""What the SSE-GLA kernels read alike: a chunk's rows, their weights, and its exponents."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ def load_weights(weights, token, row, mask, T, K: tl.constexpr):
     choice = token * K + row // T - 1
     sparse = mask & (row >= T)
     return tl.load(weights + choice, mask=sparse, other=1.0).to(tl.float32), choice, sparse
-
-
-@triton.jit
-def load_decays(g, tile, mask):
-    """Log-decays of a tile, 0 outside. Below -30 they are cut: e^-30 is 0 beside any fp32 sum."""
-    return tl.maximum(tl.load(g + tile, mask=mask, other=0.0).to(tl.float32), -30.0)
 
 
 @triton.jit
