@@ -19,6 +19,9 @@ from ..activations import DECAY_TEMPERATURE
 
 TEMPERATURE = tl.constexpr(DECAY_TEMPERATURE)
 LOWEST = tl.constexpr(-30.0)
+NO_DECAY = tl.constexpr(128.0)
+"""A raw decay beyond which none is left."""
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def load_silu(x, tile, mask, RAW: tl.constexpr):
     """Queries or values of a tile in fp32, 0 outside."""
     x = tl.load(x + tile, mask=mask, other=0.0).to(tl.float32)
     if RAW:
-        x *= sigmoid(x)
+        x /= 1.0 + tl.exp(-x)
     return x
 
 
@@ -40,23 +43,28 @@ def load_values(v, tile, mask, RAW: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def load_keys(k, tile, mask, i_k, norm, lowest, RAW: tl.constexpr, TOPK: tl.constexpr):
-    """Keys of a tile in fp32, 0 outside; i_k: its channels; norm, lowest: see `key_limits`."""
+    """Keys of a tile in fp32; i_k: its channels; norm, lowest: see `key_limits`.
+
+    Outside `mask` they are finite if raw, else 0.
+    """
     x = tl.load(k + tile, mask=mask, other=0.0).to(tl.float32)
     if RAW:
-        kept = mask
+        y = tl.exp(x - norm[:, None])
         if TOPK > 0:
-            kept = kept & (_rank(x, i_k) >= lowest[:, None])
-        x = tl.where(kept, tl.exp(x - norm[:, None]), 0.0)
+            y = tl.where(_rank(x, i_k) >= lowest[:, None], y, 0.0)
+        return y
     return x
 
 
 @triton.jit
 def load_decays(g, tile, mask, RAW: tl.constexpr):
     """Log-decays of a tile, 0 outside. Below -30 they are cut: e^-30 is 0 beside any fp32 sum."""
-    x = tl.load(g + tile, mask=mask, other=0.0).to(tl.float32)
     if RAW:
-        soft = tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
-        x = tl.where(mask, soft * (1.0 / TEMPERATURE), 0.0)
+        x = tl.load(g + tile, mask=mask, other=NO_DECAY).to(tl.float32)
+        soft = tl.minimum(x, 0.0) - LN_2 * tl.log2(1.0 + tl.exp(-tl.abs(x)))
+        x = soft * (1.0 / TEMPERATURE)
+    else:
+        x = tl.load(g + tile, mask=mask, other=0.0).to(tl.float32)
     return tl.maximum(x, LOWEST)
 
 

@@ -175,5 +175,5 @@ def gla_dqk_kernel(
             b_dk -= b_k * k_sum[:, None]
             tl.store(dk + out_tile + block, b_dk.to(dk.dtype.element_ty), mask=mask)
     # A weight that underflowed to 0 has no gradient behind its softmax either.
-    b_dw = tl.where(weight > 0, (q_sum + k_sum) / weight, 0.0)
+    b_dw = tl.where(weight > 0, (q_sum + k_sum) / tl.where(weight > 0, weight, 1.0), 0.0)
     tl.store(dw + choice * HV + i_h, b_dw, mask=sparse)

@@ -98,9 +98,6 @@ def gla_prepare_kernel(
     if RAW:
         i_row = tl.arange(0, DK)
         norm, low = key_limits(k, row_at + i_row[None, :], mask, i_row, TOPK)
-        tl.store(norms + head * C + i_c, norm)
-        if TOPK > 0:
-            tl.store(lowest + head * C + i_c, low)
     steep = 0
     for block in tl.static_range(0, DK, BK):
         tile = row_at + block + i_k[None, :]
@@ -119,3 +116,7 @@ def gla_prepare_kernel(
         tl.store(scales_at + DK + block, tl.exp(r_k - r_q))
         tl.store(scales_at + 2 * DK + block, tl.exp(total - r_k))
     tl.store(steep_out + head, steep.to(tl.int8))
+    if RAW:
+        tl.store(norms + head * C + i_c, norm)
+        if TOPK > 0:
+            tl.store(lowest + head * C + i_c, low)

@@ -17,10 +17,14 @@ def load_rows(rows, i_m, T, C: tl.constexpr):
 
 @triton.jit
 def load_weights(weights, token, row, mask, T, K: tl.constexpr):
-    """Router weights of a chunk's rows, and where they stand in [T, K]; 1 in the shared stream."""
+    """Router weights of a chunk's rows, and where they stand in [T, K].
+
+    1 in the shared stream, 0 in rows without a token.
+    """
     choice = token * K + row // T - 1
     sparse = mask & (row >= T)
-    return tl.load(weights + choice, mask=sparse, other=1.0).to(tl.float32), choice, sparse
+    weight = tl.load(weights + choice, mask=sparse, other=1.0).to(tl.float32)
+    return tl.where(mask, weight, 0.0), choice, sparse
 
 
 @triton.jit
