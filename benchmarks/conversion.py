@@ -40,7 +40,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8, teacher trained first": ({}, {"teacher_steps": 40}),
     "8, no output gate": ({"use_output_gate": False}, {}),
     "8, distilled at 3e-4": ({}, {"learning_rate": 3e-4}),
-    "8, aligned at 1e-3": ({}, {"align_learning_rate": 1e-3}),
+    "8, aligned at 3e-3": ({}, {"align_learning_rate": 3e-3}),
+    "8, aligned at 3e-2": ({}, {"align_learning_rate": 3e-2}),
     "8, not aligned": ({}, {"align_steps": 0}),
     "8, the text's cross-entropy alone": ({}, {"kl_coef": 0.0, "lm_coef": 1.0}),
     "8, GDN": ({"linear_attn_type": "gdn"}, {}),
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Name -> keys of `Convert` and of `Distill` that differ from `CONVERTED` and `DISTILLED`; the 8
 layers that help most are kept if not said."""
 CONVERTED: dict[str, Any] = {"use_output_gate": True}
-DISTILLED: dict[str, Any] = {"align_learning_rate": 5e-3, "learning_rate": 1e-3, "lm_coef": 0.2}
+DISTILLED: dict[str, Any] = {"align_learning_rate": 1e-2, "learning_rate": 1e-3, "lm_coef": 0.2}
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ def test_a_recipe_converts_and_distils(source: str, tmp_path: Path):
     answers = [json.loads(line) for line in (tmp_path / "teacher.jsonl").open()]
     assert len(answers) == 3
     assert TOKENIZER.decode(answers[0]).startswith("<|im_start|>user\n")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "distill.jsonl").open()]
-    assert steps == [1, 2]
+    log = [json.loads(line) for line in (tmp_path / "distill.jsonl").open()]
+    assert [row["step"] for row in log] == [0, 1, 2] and log[0]["answers"] == 3
     before, after = (SSEForCausalLM.from_pretrained(tmp_path / n) for n in ("init", "distill"))
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
 
