@@ -55,10 +55,10 @@ bf16 columns into warpgroup instructions that read shared memory out of bounds.
 MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
     9: {
         "gla_prepare": {64: Blocks(128, 0, 4, 1), 256: Blocks(64, 0, 4, 1)},
-        "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
+        "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 1)},
         "gla_states": {64: Blocks(128, 128, 8, 2)},
         "gla_dqk": {64: Blocks(64, 64, 8, 1)},
-        "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
+        "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 1)},
         "gla_step": {1: Blocks(0, 8, 1, 1)},
         "gdn_step": {1: Blocks(0, 8, 1, 1)},
         "layer_step": {1: Blocks(0, 64, 8, 1)},
