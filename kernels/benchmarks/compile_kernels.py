@@ -17,7 +17,11 @@ import tempfile
 import triton
 from sse_kernels import triton_layer_inputs, triton_layer_step
 from sse_kernels.block_sizes import Blocks, blocks_for
+from sse_kernels.delta import triton_backward as delta_backward
+from sse_kernels.delta import triton_dqk as delta_dqk
+from sse_kernels.delta import triton_prepare as delta_prepare
 from sse_kernels.delta import triton_step as delta_step
+from sse_kernels.delta import triton_sweep as delta_sweep
 from sse_kernels.delta.gate import NORM_EPS
 from sse_kernels.gla import (
     triton_backward,
@@ -38,6 +42,12 @@ KERNELS = {
     "gla_states": triton_backward.gla_states_kernel,
     "gla_dstates": triton_backward.gla_dstates_kernel,
     "gla_dqk": triton_gradients.gla_dqk_kernel,
+    "gdn_prepare": delta_prepare.gdn_prepare_kernel,
+    "gdn_fwd": delta_sweep.gdn_sweep_kernel,
+    "gdn_states": delta_sweep.gdn_sweep_kernel,
+    "gdn_dstates": delta_backward.gdn_dstates_kernel,
+    "gdn_dscores": delta_dqk.gdn_dscores_kernel,
+    "gdn_dqk": delta_dqk.gdn_dqk_kernel,
     "gla_step": triton_step.gla_step_kernel,
     "gdn_step": delta_step.gdn_step_kernel,
     "layer_step": triton_layer_step.layer_step_kernel,
@@ -48,9 +58,16 @@ KERNELS = {
 HEAD = Blocks(0, 0, head_rows.WARPS, 1)
 _INTEGERS = {"T", "B", "M", "S", "COLUMNS"}
 _ABSENT = {"initial_state", "final_state", "dfinal", "dinitial", "a_log", "dt_bias", "ROW_TOPK"}
+_ABSENT_IN = {
+    "gdn_fwd": {"states", "errors"},
+    "gdn_states": {"shared", "sparse"},
+}
 _FP32 = {
     "g1", "g2", "weights", "scales", "norms", "dw", "state",
     "z", "stats", "chosen", "lse", "entropy", "dlogprob", "dentropy",
+}  # fmt: skip
+_FP32_OF_GDN = {
+    "shared", "g1", "g2", "beta1", "beta2", "factors", "decays", "dg1", "dg2", "dbeta1", "dbeta2",
 }  # fmt: skip
 _INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32"}
 _INDEX |= {"ids": "*i64", "slots": "*i64", "targets": "*i64", "lowest": "*i64"}
@@ -72,7 +89,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     }  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument in constants or (argument in _ABSENT):
+        if argument in constants or argument in _ABSENT | _ABSENT_IN.get(name, set()):
             signature[argument] = "constexpr"
             constexprs[(i,)] = constants.get(argument)
         elif argument in _INTEGERS or argument.startswith("s_"):
@@ -82,7 +99,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         elif argument in ("eps", "inverse_temperature"):
             signature[argument] = "fp32"
         else:
-            signature[argument] = _pointer(argument, name.endswith(("_step", "_inputs")))
+            signature[argument] = _pointer(argument, name)
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
@@ -100,9 +117,12 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     }
 
 
-def _pointer(argument: str, step: bool) -> str:
+def _pointer(argument: str, name: str) -> str:
     if argument.startswith("steep"):
         return "*i8"
+    step = name.endswith(("_step", "_inputs"))
+    if name.startswith("gdn_") and not step and argument in _FP32_OF_GDN:
+        return "*fp32"
     if argument in {"slots", "g1", "g2"} and not step:
         return "*bf16"
     return _INDEX.get(argument) or ("*fp32" if argument in _FP32 else "*bf16")

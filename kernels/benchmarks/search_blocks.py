@@ -56,6 +56,12 @@ KERNELS = {
     "gla_states": Kernel("sse_gla", along_k=True, along_v=True),
     "gla_dstates": Kernel("sse_gla", along_v=True),
     "gla_dqk": Kernel("sse_gla", along_k=True, along_v=True),
+    "gdn_prepare": Kernel("sse_gdn", along_k=True),
+    "gdn_fwd": Kernel("sse_gdn", along_v=True, traced="gdn_sweep"),
+    "gdn_states": Kernel("sse_gdn", along_v=True, traced="gdn_sweep"),
+    "gdn_dstates": Kernel("sse_gdn", along_v=True),
+    "gdn_dscores": Kernel("sse_gdn", along_v=True),
+    "gdn_dqk": Kernel("sse_gdn", along_k=True, along_v=True),
     "gla_step": Kernel("sse_gla_step"),
     "gdn_step": Kernel("sse_gdn_step"),
 }

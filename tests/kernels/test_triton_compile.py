@@ -23,6 +23,8 @@ SCRIPTS = Path(__file__).parents[2] / "kernels/benchmarks"
         (90, 0, ["gla_fwd", "gla_dstates", "gla_dqk", "gla_step", "layer_step", "layer_inputs"]),
         (90, 0, ["head_reduce", "head_differentiate"]),
         (100, 0, ["gla_fwd", "gla_dqk"]),
+        (90, 0, ["gdn_prepare", "gdn_fwd", "gdn_states", "gdn_dstates", "gdn_dqk"]),
+        (100, 0, ["gdn_prepare", "gdn_fwd", "gdn_dqk"]),
     ],
 )
 def test_hot_kernels_do_not_spill(capability, spills, kernels):

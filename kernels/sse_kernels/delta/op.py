@@ -52,7 +52,7 @@ def sse_gdn(
     expect_cu_seqlens(op, cu_seqlens, len(v), v.device)
     shape = (len(cu_seqlens) - 1, 1 + routing.probs.shape[1], *v.shape[1:], q1.shape[2])
     expect_initial_state(op, initial_state, shape, v)
-    return chunk_sse_gdn(
+    return _chunk_form(q1, v)(
         q1,
         k1,
         q2,
@@ -112,6 +112,19 @@ def sse_gdn_step(
         slots=slots,
         gate_after_norm=gate_after_norm,
     )
+
+
+def _chunk_form(q1: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The Triton kernels on a GPU if they know these widths, else torch's form."""
+    if v.is_cuda:
+        try:
+            from ..gla.triton_shapes import triton_serves
+            from .triton_chunk import triton_sse_gdn
+        except ImportError:
+            return chunk_sse_gdn
+        if triton_serves(q1.shape[2], v.shape[2], v.dtype):
+            return triton_sse_gdn
+    return chunk_sse_gdn
 
 
 def _step_form(v: Tensor, state: Tensor) -> Callable[..., Tensor]:

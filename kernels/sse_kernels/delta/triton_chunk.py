@@ -1,0 +1,127 @@
+"""SSE-GDN over packed sequences in Triton: the operator as torch sees it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..gla.triton_shapes import gla_shapes
+from ..routing import Routing
+from ..routing_plan import routing_plan
+from .triton_backward import gdn_backward
+from .triton_sweep import gdn_forward
+
+
+def triton_sse_gdn(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    g1: Tensor,
+    beta1: Tensor,
+    g2: Tensor,
+    beta2: Tensor,
+    routing: Routing,
+    *,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    gate_after_norm: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `sse_gdn`. bf16 and fp16 multiply in bf16, fp32 in fp32; sums and states are fp32.
+
+    Keeps its inputs and nothing else for the backward pass. Needs `triton_serves` of its widths.
+    """
+    partitions = routing.probs.shape[1]
+    plan = routing_plan(routing.ids, cu_seqlens, partitions)
+    dtype = torch.promote_types(torch.promote_types(q1.dtype, k1.dtype), v.dtype)
+    tokens = [x.to(dtype).contiguous() for x in (q1, k1, q2, k2, v)]
+    gates = [x.contiguous() for x in (g1, beta1, g2, beta2)]
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    o, final_state = _gdn(
+        *tokens, *gates, routing.weights.contiguous(), *plan, partitions, initial_state,
+        output_final_state, gate_after_norm,
+    )  # fmt: skip
+    return o.to(v.dtype), final_state if output_final_state else None
+
+
+@torch.library.custom_op("sse_kernels::gdn", mutates_args=())
+def _gdn(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor,
+    g1: Tensor, beta1: Tensor, g2: Tensor, beta2: Tensor,
+    weights: Tensor, rows: Tensor, segments: Tensor, chunks: Tensor, partitions: int,
+    initial_state: Tensor | None, output_final_state: bool, gate_after_norm: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shapes = gla_shapes(q1, v, weights, segments, partitions)
+    final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
+    o = gdn_forward(
+        (q1, k1, q2, k2, v, g1, beta1, g2, beta2), weights, (rows, segments, chunks),
+        initial_state, final_state if output_final_state else None, shapes,
+        gate_after_norm=gate_after_norm,
+    )  # fmt: skip
+    return o, final_state
+
+
+@_gdn.register_fake
+def _(
+    q1, k1, q2, k2, v, g1, beta1, g2, beta2, weights, rows, segments, chunks, partitions,
+    initial_state, output_final_state, gate_after_norm,
+):  # fmt: skip
+    final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
+    return torch.empty_like(v), final_state
+
+
+def _empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: bool) -> Tensor:
+    if not wanted:
+        return v.new_empty(0, dtype=torch.float32)
+    streams = 1 + partitions
+    shape = segments.shape[1] // streams, streams, v.shape[1], v.shape[2], dk
+    return v.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("sse_kernels::gdn_backward", mutates_args=())
+def _gdn_backward(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor,
+    g1: Tensor, beta1: Tensor, g2: Tensor, beta2: Tensor,
+    weights: Tensor, rows: Tensor, segments: Tensor, chunks: Tensor, partitions: int,
+    initial_state: Tensor | None, gate_after_norm: bool, do: Tensor, dfinal: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    shapes = gla_shapes(q1, v, weights, segments, partitions)
+    return list(
+        gdn_backward(
+            (q1, k1, q2, k2, v, g1, beta1, g2, beta2), weights, (rows, segments, chunks),
+            initial_state, do.contiguous(), None if dfinal is None else dfinal.contiguous(),
+            shapes, gate_after_norm=gate_after_norm,
+        )
+    )  # fmt: skip
+
+
+@_gdn_backward.register_fake
+def _(
+    q1, k1, q2, k2, v, g1, beta1, g2, beta2, weights, rows, segments, chunks, partitions,
+    initial_state, gate_after_norm, do, dfinal,
+):  # fmt: skip
+    inputs = [q1, k1, q2, k2, v, g1, beta1, g2, beta2, weights]
+    if initial_state is not None:
+        inputs.append(initial_state)
+    return [torch.empty_like(x) for x in inputs]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.partitions, initial_state, ctx.output_final_state, ctx.gate_after_norm = inputs
+    ctx.save_for_backward(*tensors, initial_state)
+
+
+def _backward(ctx, do: Tensor, dfinal: Tensor):
+    *tensors, initial_state = ctx.saved_tensors
+    gradients = _gdn_backward(
+        *tensors, ctx.partitions, initial_state, ctx.gate_after_norm, do,
+        dfinal if ctx.output_final_state else None,
+    )  # fmt: skip
+    dinitial = gradients[10] if initial_state is not None else None
+    return (*gradients[:10], None, None, None, None, dinitial, None, None)
+
+
+_gdn.register_autograd(_backward, setup_context=_setup_context)
