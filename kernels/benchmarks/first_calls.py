@@ -95,9 +95,17 @@ def main() -> None:
     if options.here:
         print(json.dumps(seconds(options.here)))
         return
+    rows: list[Row] = []
+    failed = False
     with ThreadPoolExecutor() as pool:
-        rows = [row for found in pool.map(cold, FUNCTIONS) for row in shown(found)]
-    save("first-calls", rows, options)
+        for found in [pool.submit(cold, function) for function in FUNCTIONS]:
+            try:
+                shown(found.result(), rows)
+            except subprocess.CalledProcessError as error:  # the others still count
+                print(error, file=sys.stderr)
+                failed = True
+            save("first-calls", rows, options)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
