@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
 from sse_rl.model.configuration import SSEConfig
+from sse_rl.model.joined import product
 
 _TILE = 64
 _MASKED = -1e30
@@ -45,9 +46,12 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, seqs: PackedInputs) -> Tensor:
         """x [T, d] -> [T, d]; with a cache, this call's k and v are written to its pages."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        whole = product(x, layers)
+        parts = whole.split([len(y.weight) for y in layers], -1) if whole is not None else None
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in (parts or [project(x) for project in layers])
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sse_kernels import linear_logits, linear_logprob
+from sse_kernels import add_rms_norm, linear_logits, linear_logprob, silu_mul
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -18,6 +18,7 @@ from sse_rl.model.balance import load_balance_loss
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
 from sse_rl.model.generation import GenerationCache
+from sse_rl.model.joined import product
 from sse_rl.model.mixer import SSEMixer
 from sse_rl.model.outputs import PackedOutput, SSECausalLMOutput, SSEModelOutput
 from sse_rl.model.padding import sequence_starts, unpad
@@ -34,6 +35,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        both = product(x, (self.gate_proj, self.up_proj))
+        if both is not None:
+            return self.down_proj(silu_mul(both))
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -61,8 +65,15 @@ class SSEBlock(nn.Module):
             ids, probs = routing.ids, routing.probs
         else:
             mixed = self.attn(normed, seqs)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), ids, probs
+        x, normed = self._add_and_norm(x, mixed)
+        return x + self.mlp(normed), ids, probs
+
+    def _add_and_norm(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.mlp_norm
+        if torch.is_grad_enabled() or not x.dtype == mixed.dtype == norm.weight.dtype:
+            x = x + mixed
+            return x, norm(x)
+        return add_rms_norm(x, mixed, norm.weight, eps=norm.eps)
 
 
 class SSEPreTrainedModel(PreTrainedModel):

@@ -1,9 +1,4 @@
-"""The products of an SSE layer with its input while decoding: few launches instead of a dozen.
-
-Decoding reads every weight once a step, so all that multiply x should be one matrix. They become
-one by lying next to each other in memory: the parameters stay what they are, each a slice of that
-matrix, and weights copied into them in place need no further step.
-"""
+"""The products of a layer with its input while decoding: few launches instead of a dozen."""
 
 from __future__ import annotations
 
@@ -14,19 +9,28 @@ import torch.nn.functional as F
 from sse_kernels import InputWeights, LayerInputs
 from torch import Tensor, nn
 
+from sse_rl.model.attention import SoftmaxAttention
+from sse_rl.model.joined import join, joined
+
 if TYPE_CHECKING:
     from sse_rl.model.cache import PackedInputs
     from sse_rl.model.mixer import SSEMixer
+    from sse_rl.model.modeling import SSEBlock
 
 
-@torch.no_grad()
+def join_block(block: SSEBlock) -> None:
+    """Move the weights that multiply the same input next to each other, see `joined`."""
+    mixer, mlp = block.attn, block.mlp
+    if isinstance(mixer, SoftmaxAttention):
+        join([layer.weight for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj)])
+    else:
+        join_projections(mixer)
+    join([mlp.gate_proj.weight, mlp.up_proj.weight])
+
+
 def join_projections(mixer: SSEMixer) -> None:
-    """Move the weights that multiply x next to each other; their values and shapes stay."""
-    weights = _reading(mixer)
-    if len({weight.dtype for weight in weights}) == 1 and _joined(weights) is None:
-        whole = torch.cat([weight.detach() for weight in weights])
-        for weight, rows in zip(weights, whole.split([len(w) for w in weights]), strict=True):
-            weight.data = rows
+    """`join_block` of a mixer alone."""
+    join(_reading(mixer))
 
 
 def can_fuse(mixer: SSEMixer, x: Tensor) -> bool:
@@ -53,7 +57,7 @@ def fused_inputs(mixer: SSEMixer, x: Tensor, seqs: PackedInputs) -> LayerInputs:
 
     assert seqs.cache is not None and seqs.slots is not None
     config, weights = mixer.config, _reading(mixer)
-    whole = _joined(weights)
+    whole = joined(weights)
     if whole is not None:
         projected = F.linear(x, whole)
     else:
@@ -97,16 +101,3 @@ def _expanding(mixer: SSEMixer) -> InputWeights:
         conv = get("q_conv1d_shared.weight"), get("k_conv1d_shared.weight")
     lora = get("lora_q_proj.1.weight"), get("lora_k_proj.1.weight")
     return InputWeights(get("e_proj.weight"), *lora, decays, gate, conv)
-
-
-def _joined(weights: list[nn.Parameter]) -> Tensor | None:
-    """The one matrix that weights [*, d] are consecutive slices of, if they are."""
-    first = weights[0]
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for weight in weights:
-        apart = weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage
-        if apart or weight.dtype != first.dtype or not weight.is_contiguous():
-            return None
-        end += weight.nbytes
-    rows = sum(len(weight) for weight in weights)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))

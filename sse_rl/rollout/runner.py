@@ -15,8 +15,7 @@ from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM
 from sse_rl.model.cache import padded_rows
-from sse_rl.model.mixer import SSEMixer
-from sse_rl.model.projections import join_projections
+from sse_rl.model.projections import join_block
 from sse_rl.rollout.arrival import Arrival, send
 from sse_rl.rollout.lanes import Lanes
 from sse_rl.rollout.sampler import sample
@@ -54,8 +53,7 @@ class Runner:
         self.device = parameter.device
         if self.device.type == "cuda":
             for layer in model.model.layers:
-                if isinstance(layer.attn, SSEMixer):
-                    join_projections(layer.attn)
+                join_block(layer)
         self.cache = SlotCache(
             model.config,
             slots=slots,

@@ -111,7 +111,7 @@ def test_rotation_into_pages_is_that_of_torch(lengths, width):
     (q, k_pages, v_pages, table), options = case(
         [0, 5, 33], lengths, width=width, heads=3, kv_heads=1
     )
-    k, v = torch.randn(2, len(q), 1, width)
+    k, v = torch.randn(len(q), 2, width).split(1, 1)  # as slices of one product are
     ours, theirs = [k_pages, v_pages], [k_pages.clone(), v_pages.clone()]
     found = triton_rotate_into_pages(q, k, v, *ours, table, theta=1e4, **options)
     expected = rotate_into_pages(q, k, v, *theirs, table, theta=1e4, **options)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sse_rl.model import PackedInputs, SlotCache
-from sse_rl.model.projections import _joined, _reading, fused_inputs, join_projections
+from sse_rl.model import PackedInputs, SlotCache, packed_inputs
+from sse_rl.model.joined import joined
+from sse_rl.model.projections import _reading, fused_inputs, join_block, join_projections
 
 needs_interpreter = pytest.mark.skipif(
     not importlib.util.find_spec("triton") or torch.cuda.is_available(),
@@ -64,19 +65,33 @@ def test_joined_weights_are_the_parameters_themselves(model):
     join_projections(mixer)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    whole = _joined(_reading(mixer))
+    whole = joined(_reading(mixer))
     assert whole is not None
     mixer.v_proj.weight.fill_(2.0)
     keys = 2 * len(mixer.q_proj.weight)
     torch.testing.assert_close(x @ whole[keys], 2 * x.sum(-1))
     model.double()
-    assert _joined(_reading(mixer)) is None  # each was converted by itself
+    assert joined(_reading(mixer)) is None  # each was converted by itself
 
 
 def test_a_joined_model_is_saved_and_loaded_like_any_other(gla_model, tmp_path):
     for layer in (0, 1, 3):
-        join_projections(gla_model.model.layers[layer].attn)
+        join_block(gla_model.model.layers[layer])
     gla_model.save_pretrained(tmp_path)
     loaded = type(gla_model).from_pretrained(tmp_path).state_dict()
     for name, tensor in gla_model.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
+
+
+@torch.no_grad()
+def test_a_joined_model_gives_what_it_gave_before(model):
+    ids = torch.arange(40) % 50
+    before = model.packed(ids, packed_inputs([30, 10])).hidden
+    for layer in model.model.layers:
+        join_block(layer)
+        assert joined([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]) is not None
+    after = model.packed(ids, packed_inputs([30, 10])).hidden
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    with torch.enable_grad():
+        model.packed(ids, packed_inputs([30, 10])).hidden.sum().backward()
+    assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())

@@ -33,14 +33,15 @@ def triton_rotate_into_pages(
 ) -> Tensor:
     """See `rotate_into_pages`. One program a token."""
     (tokens, heads, width), kv_heads = q.shape, k.shape[1]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    o = torch.empty_like(q)
+    q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return o
     power = triton.next_power_of_2
     rotate_kernel[(tokens,)](
         q, k, v, _frequencies(width, theta, q.device), k_pages, v_pages, o,
         block_table, context_lens, cu_seqlens,
+        q.stride(0), k.stride(0), v.stride(0),
         block_table.stride(0), len(context_lens), k_pages.shape[0],
         H=heads, HP=power(heads), HKV=kv_heads, HKVP=power(kv_heads), HALF=width // 2,
         HALFP=power(width // 2), PAGE=k_pages.shape[1], num_warps=4,
@@ -48,9 +49,10 @@ def triton_rotate_into_pages(
     return o
 
 
-@triton.jit(do_not_specialize=["stride", "B", "P"])
+@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "stride", "B", "P"])
 def rotate_kernel(
-    q, k, v, frequency, k_pages, v_pages, o, block_table, context_lens, cu_seqlens, stride, B, P,
+    q, k, v, frequency, k_pages, v_pages, o, block_table, context_lens, cu_seqlens,
+    q_row, k_row, v_row, stride, B, P,
     H: tl.constexpr, HP: tl.constexpr, HKV: tl.constexpr, HKVP: tl.constexpr, HALF: tl.constexpr,
     HALFP: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -70,15 +72,16 @@ def rotate_kernel(
     i_h = tl.arange(0, HP)[:, None]
     mask = (i_h < H) & (i_d < HALF)
     at = i_h * (2 * HALF) + i_d
-    _turn(q + i_t * H * 2 * HALF + at, o + i_t * H * 2 * HALF + at, cos, sin, mask, HALF)
+    _turn(q + i_t * q_row + at, o + i_t * H * 2 * HALF + at, cos, sin, mask, HALF)
 
     i_h = tl.arange(0, HKVP)[:, None]
     mask = (i_h < HKV) & (i_d < HALF)
     at = i_h * (2 * HALF) + i_d
-    source, target = i_t * HKV * 2 * HALF + at, row * HKV * 2 * HALF + at
-    _turn(k + source, k_pages + target, cos, sin, mask, HALF)
-    tl.store(v_pages + target, tl.load(v + source, mask=mask), mask=mask)
-    tl.store(v_pages + target + HALF, tl.load(v + source + HALF, mask=mask), mask=mask)
+    target = row * HKV * 2 * HALF + at
+    _turn(k + i_t * k_row + at, k_pages + target, cos, sin, mask, HALF)
+    source = v + i_t * v_row + at
+    tl.store(v_pages + target, tl.load(source, mask=mask), mask=mask)
+    tl.store(v_pages + target + HALF, tl.load(source + HALF, mask=mask), mask=mask)
 
 
 @triton.jit
