@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 
 def product(x: Tensor, layers: Sequence[nn.Module]) -> Tensor | None:
-    """x [T, d] times the layers' joint weight -> [T, sum of widths]; None unless autograd is off and
-    they are plain linear layers without bias, joined."""
+    """x [T, d] times the layers' joint weight -> [T, sum of widths]; None unless autograd is off
+    and they are plain linear layers without bias, joined."""
     if torch.is_grad_enabled():
         return None
     weights = []

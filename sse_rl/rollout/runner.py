@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM
 from sse_rl.model.cache import padded_rows
+from sse_rl.model.modeling import SSEBlock
 from sse_rl.model.projections import join_block
 from sse_rl.rollout.arrival import Arrival, send
 from sse_rl.rollout.lanes import Lanes
@@ -52,8 +53,9 @@ class Runner:
         parameter = next(model.parameters())
         self.device = parameter.device
         if self.device.type == "cuda":
-            for layer in model.model.layers:
-                join_block(layer)
+            for block in model.model.layers:
+                assert isinstance(block, SSEBlock)
+                join_block(block)
         self.cache = SlotCache(
             model.config,
             slots=slots,
