@@ -53,6 +53,7 @@ class SSEBlock(nn.Module):
             self.attn = SSEMixer(config, config.sse_layers.index(layer))
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.eps = config.norm_eps
 
     def forward(
         self, x: Tensor, seqs: PackedInputs, replay: Tensor | None = None
@@ -73,7 +74,7 @@ class SSEBlock(nn.Module):
         if torch.is_grad_enabled() or not x.dtype == mixed.dtype == norm.weight.dtype:
             x = x + mixed
             return x, norm(x)
-        return add_rms_norm(x, mixed, norm.weight, eps=norm.eps)
+        return add_rms_norm(x, mixed, norm.weight, eps=self.eps)
 
 
 class SSEPreTrainedModel(PreTrainedModel):
