@@ -78,11 +78,39 @@ def grpo_gpu() -> str:
     return head + "|---" * 7 + "|\n" + "".join(lines) + note
 
 
+def rollout_gpu() -> str:
+    (path,) = (ROOT / "benchmarks" / "results").glob("rollout-gpu-*.json")
+    result = json.loads(path.read_text())
+    kinds = ["recurrence", "products", "attention", "sampling", "other"]
+    head = "| model, samples together | tokens/s | ms a step | host | GPU | of the GPU's: "
+    head += " | ".join(kinds) + " | kernels |\n"
+    lines = []
+    for row in result["rows"]:
+        parts = [f"{row['gpu_ms_by_kind'].get(kind, 0.0):.2f}" for kind in kinds]
+        times = [f"{row[f'{name}ms_per_step']:.2f}" for name in ("", "host_", "gpu_")]
+        cells = [row["case"], f"{row['tokens_per_s']:,.0f}", *times, *parts]
+        lines.append(f"| {' | '.join(cells)} | {row['kernels_per_step']} |\n")
+    shape = result["shape"]
+    note = (
+        f"\n{result['device']}, bf16, SSE-{shape['variant'].upper()} with {shape['state_dtype']} "
+        f"states, random weights, prompts of {shape['prompt_tokens']} tokens, "
+        f"{shape['answers']} answers of {shape['tokens']} each; tokens/s with prefill; torch "
+        f"{result['torch']}, triton {result['triton']}, {result['date']}, commit "
+        f"{result['commit']}, `{result['command']}`.\n"
+    )
+    return head + "|---" * 11 + "|\n" + "".join(lines) + note
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-TABLES: dict[str, Any] = {"quickstart": quickstart, "grpo_gpu": grpo_gpu, **kernel_tables.TABLES}
+TABLES: dict[str, Any] = {
+    "quickstart": quickstart,
+    "grpo_gpu": grpo_gpu,
+    "rollout_gpu": rollout_gpu,
+    **kernel_tables.TABLES,
+}
 
 if __name__ == "__main__":
     main()
