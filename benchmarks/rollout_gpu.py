@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -188,7 +189,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "triton": __import__("triton").__version__ if cuda else None,
         "commit": options.commit or found.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
-        "command": "python benchmarks/rollout_gpu.py",
+        "command": " ".join(["python", *sys.argv]),
         "shape": {
             key: value for key, value in vars(options).items() if key not in ("device", "commit")
         },
