@@ -45,8 +45,10 @@ def _times(result: dict[str, Any], columns: list[str], head: list[str]) -> str:
     for shape, form in sorted(measured, key=lambda pair: shapes.index(pair[0])):
         cells = []
         for case in columns:
-            time, ours = times.get((shape, form, case)), times.get((shape, "triton", case))
-            ratio = f" ({time / ours:.1f} x)" if time and ours and "triton" not in form else ""
+            time = times.get((shape, form, case))
+            ours = [times.get((shape, f, case)) for f in ("triton", "triton, CUDA graph")]
+            best = min((x for x in ours if x), default=None)
+            ratio = f" ({time / best:.1f} x)" if time and best and "triton" not in form else ""
             cells.append("" if time is None else f"{_three(time)}{ratio}")
         lines.append([shape if form == "triton" else FORMS[form], *cells])
     return _table(head, lines)
@@ -210,9 +212,10 @@ def _note(result: dict[str, Any]) -> str:
         if top
         else ""
     )
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in result.get("notes", []))
     return (
         f"\n{result['device']}, {ceilings}torch {result['torch']}, triton {result['triton']}, "
-        f"{result['date']}, commit {result['commit']}, `{result['command']}`.\n"
+        f"{result['date']}, commit {result['commit']}, `{result['command']}`.{notes}\n"
     )
 
 

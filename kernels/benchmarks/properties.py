@@ -74,6 +74,7 @@ def kept_memory(variant: str) -> Iterator[Row]:
         kept += sum(map(_bytes, (*problem.leaves.values(), *problem.named.values())))
         row = shape.sequences * shape.length * shape.h * shape.d * 2
         case = f"{variant.replace('_', ' ')} kept for backward"
+        del o  # and all that it kept
         yield Row(case, str(shape), "triton", kept / row, "bf16 rows")
 
 
