@@ -1,9 +1,10 @@
 """What recipes/gsm8k_smollm2.yaml showed: runs collected into result files, and docs/results.md.
 
     python benchmarks/gsm8k.py collect runs/gsm8k_smollm2 [--eval teacher=evals/teacher/gsm8k_test]
-    python benchmarks/gsm8k.py draw            # curves and samples of docs/results.md from them
+    python benchmarks/gsm8k.py draw                       # docs/results.md and its curves
 
-`collect` writes results/gsm8k-<run>.json: everything that the page shows of a run.
+`collect` writes results/gsm8k-<run>.json, everything that is shown of a run; `draw` writes the page
+from all of them, a section a run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ CURVES = {
 }
 STYLE = "svg{--a:#0b63c5;--b:#d9730d;--line:#c5cad2;--dim:#667}text{font-family:sans-serif}"
 SHOWN_SAMPLES = 4
+SCORED = ["evaluation", "problems × samples", "score", "maj", "pass", "truncated", "tokens"]
+INTRODUCTION = """# A pretrained model learns grade-school mathematics
+
+What `recipes/gsm8k_smollm2.yaml` did, drawn by `benchmarks/gsm8k.py` from its result files. An
+evaluation is named by its protocol (`_greedy`: temperature 0) and the GRPO step of its weights;
+step 0 is the model after the cold start.
+"""
 
 
 def main() -> None:
@@ -138,16 +146,72 @@ def _ends(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def draw_page() -> None:
-    """The pictures and the samples of docs/results.md; its tables are benchmarks/tables.py's."""
+    """docs/results.md and the pictures beside it, from every result file there is."""
+    paths = sorted(RESULTS.glob("gsm8k-*.json"))
+    if not paths:
+        raise SystemExit(f"{RESULTS}: no gsm8k-*.json there, collect a run first")
     folder = PAGE.parent / PICTURES
     folder.mkdir(exist_ok=True)
-    for path in sorted(RESULTS.glob("gsm8k-*.json")):
-        result = json.loads(path.read_text())
-        for name, picture in pictures(result).items():
+    sections = [INTRODUCTION]
+    for result in (json.loads(path.read_text()) for path in paths):
+        drawn = pictures(result)
+        for name, picture in drawn.items():
             (folder / f"{result['name']}-{name}.svg").write_text(picture)
-    text = PAGE.read_text()
-    mark = re.compile(r"(<!-- samples: (\S+) -->\n).*?(<!-- end samples -->)", re.DOTALL)
-    PAGE.write_text(mark.sub(lambda found: found[1] + samples(found[2]) + found[3], text))
+        sections.append(section(result, list(drawn)))
+    PAGE.write_text("\n".join(sections))
+
+
+def section(result: dict[str, Any], drawn: list[str]) -> str:
+    """A run: what it is of, perplexities, scores, gain, where the time went, curves, answers."""
+    name, throughput = result["name"], result["summary"].get("throughput", {})
+    texts = list(next(iter(result["perplexity"].values()), {}))
+    perplexity = [[m, *(f"{t[x]:.4g}" for x in texts)] for m, t in result["perplexity"].items()]
+    spent = ", ".join(
+        f"{throughput[key]:.2f} s in {what}"
+        for key, what in (("rollout_s", "rollout"), ("learn_s", "the learner"))
+        if key in throughput
+    )
+    parts = [
+        f"## {name}\n",
+        f"{result['device']}, torch {result['torch']}, {result['date']}, commit "
+        f"{result['commit']}, `{result['command']}`; {result['summary'].get('steps', 0)} steps, "
+        f"{result['summary'].get('wall_s', 0) / 60:.1f} minutes, evaluations included.\n",
+        _table(["perplexity", *texts], perplexity) if perplexity else "",
+        _table(SCORED, [_scored(*entry) for entry in result["evaluations"].items()]),
+        *(
+            f"Gain of {protocol}: {100 * gain['difference']:+.1f} points, 95 % between "
+            f"{100 * gain['interval'][0]:+.1f} and {100 * gain['interval'][1]:+.1f}, "
+            f"p = {gain['p']:.2g} (paired, {gain['problems']} problems).\n"
+            for protocol, gain in result["gain"].items()
+        ),
+        f"A step took {spent}.\n" if spent else "",
+        "".join(f"![{picture}]({PICTURES}/{name}-{picture}.svg)\n" for picture in drawn),
+        samples(result),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _scored(name: str, scores: dict[str, Any]) -> list[str]:
+    interval = scores.get("ci_sampling") or scores.get("ci_bootstrap")
+    between = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    best = list(scores.get("pass_at", {}).items())[-1:]
+    return [
+        name,
+        f"{scores.get('problems')} × {scores.get('samples')}",
+        f"{_percent(scores.get('avg'))}{between}",
+        _percent(scores.get("maj")),
+        "".join(f"{_percent(value)} (k = {k})" for k, value in best),
+        _percent(scores.get("truncated")),
+        f"{scores.get('tokens', {}).get('all', {}).get('mean') or 0:.0f}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *lines])
 
 
 def pictures(result: dict[str, Any]) -> dict[str, str]:
@@ -171,9 +235,8 @@ def pictures(result: dict[str, Any]) -> dict[str, str]:
     return drawn
 
 
-def samples(name: str) -> str:
-    """Problems whose answer changed most: wrong before and right after first."""
-    result = json.loads((RESULTS / f"gsm8k-{name}.json").read_text())
+def samples(result: dict[str, Any]) -> str:
+    """Greedy answers before and after; those that became right first."""
     order = lambda row: row["before"]["reward"] - row["after"]["reward"]
     chosen = sorted(result["samples"], key=order)[:SHOWN_SAMPLES]
     quote = lambda text: "\n".join(f"> {line}" for line in text.strip().splitlines())

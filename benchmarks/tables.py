@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import conversion_tables
 import kernel_tables
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,7 @@ TABLES: dict[str, Any] = {
     "grpo_gpu": grpo_gpu,
     "rollout_gpu": rollout_gpu,
     **kernel_tables.TABLES,
+    **conversion_tables.TABLES,
 }
 
 if __name__ == "__main__":
