@@ -39,6 +39,7 @@ CASES: list[tuple[str, dict[str, Any], float]] = [
     ("GLA, output gate, N = 8, K = 2", GATE | {"num_sparse_partition": 8, "num_writer": 2}, 3e-3),
     ("GLA, output gate, no short convolution", GATE | {"use_short_conv": False}, 3e-3),
     ("GDN, output gate", GATE | {"linear_attn_type": "gdn"}, 3e-3),
+    ("GDN, output gate", GATE | {"linear_attn_type": "gdn"}, 1e-2),
 ]
 """Name, keys of `Convert`, peak learning rate."""
 HELD_OUT = 6
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--cases", help="numbers, e.g. 0,2; default all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", help="where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -68,7 +70,8 @@ def main() -> None:
     examples = read(options, layers, as_softmax(origin, options.source).to(options.device))
     others = [i for i in range(origin.config.num_hidden_layers) if i not in layers]
     rows: list[dict[str, Any]] = []
-    for name, keys, rate in CASES:
+    wanted = [int(n) for n in options.cases.split(",")] if options.cases else range(len(CASES))
+    for name, keys, rate in (CASES[n] for n in wanted):
         began = time.monotonic()
         wanted = Convert(source=options.source, attention_layers=others, **keys)
         student = convert(origin, wanted).to(options.device)

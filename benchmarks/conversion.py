@@ -44,13 +44,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8, aligned at 3e-2": ({}, {"align_learning_rate": 3e-2}),
     "8, not aligned": ({}, {"align_steps": 0}),
     "8, the text's cross-entropy alone": ({}, {"kl_coef": 0.0, "lm_coef": 1.0}),
-    "8, GDN": ({"linear_attn_type": "gdn"}, {}),
+    "8, GLA": ({"linear_attn_type": "gla"}, {}),
     "8, N = 8, K = 2": ({"num_sparse_partition": 8, "num_writer": 2}, {}),
     "8, no short convolution": ({"use_short_conv": False}, {}),
 }
 """Name -> keys of `Convert` and of `Distill` that differ from `CONVERTED` and `DISTILLED`; the 8
 layers that help most are kept if not said."""
-CONVERTED: dict[str, Any] = {"use_output_gate": True}
+CONVERTED: dict[str, Any] = {"linear_attn_type": "gdn", "use_output_gate": True}
 DISTILLED: dict[str, Any] = {"align_learning_rate": 1e-2, "learning_rate": 1e-3, "lm_coef": 0.2}
 
 
