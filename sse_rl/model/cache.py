@@ -139,10 +139,10 @@ def packed_inputs(lengths: list[int], *, device: torch.device | str = "cpu") -> 
     return PackedInputs(cu_seqlens, positions, max(lengths))
 
 
-def padded_rows(rows: int, multiple: int = 8) -> int:
+def padded_rows(rows: int) -> int:
     """Rows that a call with a cache is padded to: a multiple of 8, at least 16.
 
     On the CPU matrix products of fewer rows round differently, and a row's result would depend on
     its company.
     """
-    return max(16, -(-rows // multiple) * multiple)
+    return max(16, -(-rows // 8) * 8)
