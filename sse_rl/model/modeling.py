@@ -253,7 +253,8 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
     def __init__(self, config: SSEConfig) -> None:
         super().__init__(config)
         self.model = SSEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        linear = _WideLinear if config.fp32_head else nn.Linear
+        self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False)
         if config.fp32_head:
             self._keep_in_fp32_modules_strict = {"lm_head"}
         self._head_dtype = torch.float32 if config.fp32_head else None
@@ -370,6 +371,17 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """`generate` leaves the cache to the first forward, which makes a `GenerationCache`."""
         return False
+
+
+class _WideLinear(nn.Linear):
+    """A linear layer that no cast of its model narrows: loading alone would keep it in fp32."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _WideLinear:
+        def widest(x: Tensor) -> Tensor:
+            y = fn(x)
+            return y if y.itemsize >= x.itemsize else x.to(y.device)
+
+        return super()._apply(widest, recurse)
 
 
 def _run(

@@ -100,6 +100,17 @@ def test_an_fp32_head_keeps_its_weight_and_multiplies_it_in_fp32(tiny_config, tm
     torch.testing.assert_close(loaded.logits(hidden).double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_a_cast_of_the_model_leaves_an_fp32_head_as_it_is(tiny_config):
+    model = SSEForCausalLM(tiny_config(fp32_head=True))
+    weight = model.lm_head.weight.clone()
+    for cast in (model.bfloat16, model.half, lambda: model.to("cpu", torch.bfloat16)):
+        cast()
+        assert model.lm_head.weight.dtype == torch.float32
+        assert torch.equal(model.lm_head.weight, weight)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert model.double().lm_head.weight.dtype == torch.float64
+
+
 def test_a_bf16_model_has_logits_of_fp32(tiny_config):
     model = SSEForCausalLM(tiny_config(tie_word_embeddings=True)).bfloat16()
     hidden, targets = torch.randn(3, model.config.hidden_size).bfloat16(), torch.arange(3)
