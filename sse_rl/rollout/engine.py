@@ -201,7 +201,8 @@ class Engine:
         for sequence in job.samples:
             if self._running.pop(sequence.slot, None):
                 self._lanes.active[sequence.slot] = False
-                partial.append(self._completion(sequence, "abort", None))
+                if self._lanes.count[sequence.slot]:
+                    partial.append(self._completion(sequence, "abort", None))
         self._scheduler.abort(job)
         return partial
 

@@ -206,6 +206,10 @@ def test_logits_that_are_not_numbers_stop_the_run(tiny_model, make_engine, make_
     with pytest.raises(FloatingPointError, match=r"'r0', sample 0: .* version 3"):
         engine.generate([make_request(0, 10)])
     assert not engine.busy
+    engine.add(make_request(1, 10))
+    with pytest.raises(FloatingPointError):
+        engine.step()
+    assert engine.abort("r1") == []  # it runs, and has no token yet
 
 
 def test_an_aborted_request_returns_what_it_has_and_frees_its_place(
