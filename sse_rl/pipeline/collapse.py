@@ -48,6 +48,10 @@ def _reward_bound(rows: Sequence[Row], limits: EarlyStop) -> float | None:
 
 
 def _mean(rows: Sequence[Row], metric: str) -> float:
-    """NaN, which no bound refuses, if no row has the metric."""
-    values = [row[metric] for row in rows if row.get(metric) is not None]
+    """Over the rows that have the metric; NaN, which no bound refuses, if none has.
+
+    A row that has it as NaN counts as one without, as it is written: a resumed run judges the same.
+    """
+    found = (row.get(metric) for row in rows)
+    values = [value for value in found if value is not None and not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan

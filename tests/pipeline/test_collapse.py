@@ -47,3 +47,11 @@ def test_a_share_of_the_best_reward_means_nothing_before_there_is_one():
     falling = [{"reward": r} for r in (0.8, 0.8, 0.5, 0.5, 0.39, 0.39)]
     assert collapse(rows(*falling[:4]), stop) is None
     assert "0.39" in (collapse(rows(*falling), stop) or "")
+
+
+def test_a_step_without_rewards_is_judged_alike_live_and_read_back():
+    stop = EarlyStop(window=3, min_reward_share=0.5)
+    healthy, sick = [{}] * 3, [{"reward": 0.1}] * 2
+    live, read_back = (rows(*healthy, *sick, {"reward": none}) for none in (float("nan"), None))
+    assert collapse(read_back, stop) is not None
+    assert collapse(live, stop) == collapse(read_back, stop)
