@@ -126,13 +126,26 @@ def test_rotation_into_pages_is_that_of_torch(lengths, width):
         ({"q": torch.zeros(3, 3, 16)}, r"H must be a multiple of 2, got 3"),
         ({"q": torch.zeros(3, 4, 32)}, r"k_pages must be 32 wide, got 16"),
         ({"q": torch.zeros(3, 4, 16).double()}, r"k_pages must be torch.float64 as q"),
-        ({"q": torch.zeros(3, 4, 16).requires_grad_()}, r"has no gradients"),
+        ({"q": torch.zeros(3, 4, 16).requires_grad_()}, r"q must be without gradients"),
         ({"q": torch.zeros(4, 4, 16)}, r"block_table must be 4 rows, one a sequence, got 3"),
         ({"block_table": torch.zeros(3, 1)}, r"block_table must be int64, got torch.float32"),
         ({"block_table": torch.full((3, 9), 99)}, r"block_table must be in 0..9, got 99..99"),
         (
             {"context_lens": torch.tensor([5, 5, 500])},
             r"block_table must be wide enough for 501 .* got 80",
+        ),
+        ({"context_lens": torch.tensor([5, -1, 5])}, r"context_lens must be at least 0, got -1"),
+        (
+            {"k_pages": torch.zeros(9, 0, 2, 16), "v_pages": torch.zeros(9, 0, 2, 16)},
+            r"k_pages' page must be a multiple of 16 tokens, got 0",
+        ),
+        (
+            {"k_pages": torch.zeros(0, 16, 2, 16), "v_pages": torch.zeros(0, 16, 2, 16)},
+            r"k_pages must be one page or more",
+        ),
+        (
+            {"cu_seqlens": torch.arange(4).repeat_interleave(2)[::2]},
+            r"cu_seqlens must be contiguous, got strides \[2\]",
         ),
         ({"window": 0}, r"window must be at least 1 or None, got 0"),
         ({"split": 100}, r"split must be a multiple of 128, got 100"),
@@ -144,3 +157,32 @@ def test_a_wrong_argument_is_named(change, message):
     values = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "block_table": table, **options}
     with pytest.raises((ValueError, TypeError), match=f"paged_attention: {message}"):
         paged_attention(**values | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(3, 2, 16).requires_grad_()}, r"k must be without gradients"),
+        ({"v": torch.zeros(3, 2, 16).bfloat16()}, r"v must be torch.float32 as q, got torch.bf"),
+        ({"theta": 0.0}, r"theta must be above 0, got 0.0"),
+    ],
+)
+def test_a_wrong_argument_of_the_rotation_is_named(change, message):
+    (q, k_pages, v_pages, table), options = case([3, 5, 70])
+    values = {"q": q, "k": q[:, :2], "v": q[:, 2:], "block_table": table, "theta": 1e4, **options}
+    values |= {"k_pages": k_pages, "v_pages": v_pages}
+    with pytest.raises(ValueError, match=f"rotate_into_pages: {message}"):
+        rotate_into_pages(**values | change)
+    assert not k_pages.requires_grad
+
+
+@pytest.mark.parametrize("lengths", [None, [30, 1, 17]])
+def test_tables_of_32_bits_are_those_of_64(lengths):
+    (q, *pages, table), options = case([0, 5, 33], lengths)
+    narrow = {name: x.int() for name, x in options.items()}
+    found = []
+    for at, where in ((table, options), (table.int(), narrow)):
+        own = [x.clone() for x in pages]
+        rotated = rotate_into_pages(q, q[:, :2], q[:, 2:], *own, at, theta=1e4, **where)
+        found.append((rotated, *own, paged_attention(q, *own, at, **where)))
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)

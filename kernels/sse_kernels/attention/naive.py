@@ -46,4 +46,5 @@ def token_places(
     if cu_seqlens is not None:
         token, sequence = sequence, torch.searchsorted(cu_seqlens, sequence, right=True) - 1
         position = context_lens[sequence] + token - cu_seqlens[sequence]
-    return position, block_table[sequence, position // page] * page + position % page
+    place = block_table[sequence, position // page].long() * page + position % page
+    return position, place

@@ -65,13 +65,17 @@ def rotate_into_pages(
 ) -> Tensor:
     """RoPE of q and k; k and v go to their places in the pages, which are changed in place.
 
-    k, v [T, Hkv, D]; the other arguments as in `paged_attention`. Returns q, rotated.
+    k, v [T, Hkv, D] in q's dtype; the other arguments as in `paged_attention`. Returns q, rotated.
+    Raises ValueError or TypeError naming the argument.
     """
     op = "rotate_into_pages"
     _check(op, q, k_pages, v_pages, block_table, context_lens, cu_seqlens)
     expect(q.shape[2] % 2 == 0, op, "D", "even", q.shape[2])
+    expect(theta > 0, op, "theta", "above 0", theta)
     for name, x in (("k", k), ("v", v)):
         expect_tensor(op, name, x, "[T, Hkv, D]", (len(q), *k_pages.shape[2:]), q.device)
+        expect(x.dtype == q.dtype, op, name, f"{q.dtype} as q", x.dtype)
+        _expect_constant(op, name, x)
     lengths = {"context_lens": context_lens, "cu_seqlens": cu_seqlens}
     if triton_serves(q):
         from .triton_rotate import triton_rotate_into_pages
@@ -114,16 +118,19 @@ def _check(
     expect(k_pages.shape[3] == q.shape[2], op, "k_pages", f"{q.shape[2]} wide", k_pages.shape[3])
     expect_tensor(op, "v_pages", v_pages, "[P, page, Hkv, D]", tuple(k_pages.shape), q.device)
     expect(kv_heads >= 1 and heads % kv_heads == 0, op, "H", f"a multiple of {kv_heads}", heads)
-    expect(page % 16 == 0, op, "k_pages' page", "a multiple of 16 tokens", page)
+    expect(page >= 16 and page % 16 == 0, op, "k_pages' page", "a multiple of 16 tokens", page)
+    expect(len(k_pages) >= 1, op, "k_pages", "one page or more", list(k_pages.shape))
+    _expect_constant(op, "q", q)
     for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+        _expect_constant(op, name, x)
         expect(x.device == q.device, op, name, f"on {q.device}", x.device)
         expect(x.dtype == q.dtype, op, name, f"{q.dtype} as q", x.dtype)
         expect(x.is_contiguous(), op, name, "contiguous", f"strides {list(x.stride())}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
-        raise ValueError(f"{op}: has no gradients, got q or pages that require them")
     sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
     if cu_seqlens is not None:
         expect_cu_seqlens(op, cu_seqlens, len(q), q.device)
+        strides = f"strides {list(cu_seqlens.stride())}"
+        expect(cu_seqlens.is_contiguous(), op, "cu_seqlens", "contiguous", strides)
     for name, x, dim in (("block_table", block_table, 2), ("context_lens", context_lens, 1)):
         if x.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{op}: {name} must be int64, got {x.dtype}")
@@ -136,9 +143,16 @@ def _check(
         _check_values(op, k_pages, block_table, context_lens, cu_seqlens)
 
 
+def _expect_constant(op: str, name: str, x: Tensor) -> None:
+    needs = torch.is_grad_enabled() and x.requires_grad
+    expect(not needs, op, name, "without gradients, which this has not", "requires_grad")
+
+
 def _check_values(
     op: str, k_pages: Tensor, block_table: Tensor, context_lens: Tensor, cu_seqlens: Tensor | None
 ) -> None:
+    least = int(context_lens.min()) if len(context_lens) else 0
+    expect(least >= 0, op, "context_lens", "at least 0", least)
     lengths = 1 if cu_seqlens is None else cu_seqlens.diff()
     longest = int((context_lens + lengths).max()) if len(context_lens) else 0
     room = block_table.shape[1] * k_pages.shape[1]
