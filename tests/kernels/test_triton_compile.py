@@ -13,6 +13,19 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPTS = Path(__file__).parents[2] / "kernels/benchmarks"
+ONE_VALUE_A_SLOT = """
+import triton
+from sse_kernels.gla.triton_forward import sum_slots_kernel as kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+constants = {"base": None, "silu_of": None, "size": 1, "slot_size": 1}
+constants |= {"S": 2, "GROUP": 1, "D": 1, "BLOCK": 2048}
+types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names}
+constants = {(kernel.arg_names.index(name),): x for name, x in constants.items()}
+triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
+"""
+"""SSE-GDN's backward pass of one token, one head, K = 2: triton makes constants of sizes of 1."""
 
 
 @pytest.mark.slow
@@ -39,12 +52,23 @@ def test_paged_attention_does_not_spill(capability, kernels):
     assert_spills("compile_attention.py", capability, kernels, at_most=0)
 
 
-def assert_spills(script, capability, kernels, *, at_most):
+@pytest.mark.slow
+def test_slots_of_a_single_value_compile():
+    compiler("-c", ONE_VALUE_A_SLOT)
+
+
+def compiler(*arguments):
+    """Standard output of a python that does not interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPTS / script), "--capability", str(capability), *kernels]
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    return run.stdout
+
+
+def assert_spills(script, capability, kernels, *, at_most):
+    lines = compiler(str(SCRIPTS / script), "--capability", str(capability), *kernels).splitlines()
+    reports = [json.loads(line) for line in lines]
     assert [report["kernel"] for report in reports] == kernels
     for report in reports:
         assert report["spill_bytes"] <= at_most, report

@@ -152,7 +152,9 @@ def sum_slots_kernel(
         total += tl.load(base + i, mask=mask, other=0.0)
     for s in tl.static_range(S):
         for j in tl.static_range(GROUP):
-            x = tl.load(slots + s * slot_size.to(tl.int64) + source + j * D, mask=mask, other=0.0)
+            # Triton passes a 1 as a constant, which knows no `.to`.
+            slot = slots + tl.full([], s, tl.int64) * slot_size
+            x = tl.load(slot + source + j * D, mask=mask, other=0.0)
             total += x.to(tl.float32)
     if silu_of is not None:
         total *= silu_slope(tl.load(silu_of + i, mask=mask, other=0.0).to(tl.float32))
