@@ -1,6 +1,7 @@
 """What stands between a block's products while decoding, where a launch costs more than its work.
 
-Each equals the torch composition it replaces: rounded where that rounds. No gradients.
+Each equals the torch composition it replaces: rounded where that rounds. Where gradients are wanted
+the composition itself runs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     expect_tensor(op, "weight", weight, "[d]", (x.shape[1],), x.device)
     for name, tensor in (("y", y), ("weight", weight)):
         expect(tensor.dtype == x.dtype, op, name, f"{x.dtype} as x", tensor.dtype)
-    if _can_launch(x):
+    if _can_launch(x, y, weight):
         try:
             from .triton_elementwise import triton_add_rms_norm
 
@@ -48,7 +49,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     return total, F.rms_norm(total, weight.shape, weight, eps)
 
 
-def _can_launch(x: Tensor) -> bool:
-    if torch.is_grad_enabled() and x.requires_grad:
+def _can_launch(*inputs: Tensor) -> bool:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return False
-    return x.is_cuda and x.dtype != torch.float64
+    return all(x.is_cuda and x.dtype != torch.float64 for x in inputs)

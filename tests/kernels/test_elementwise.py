@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from sse_kernels import add_rms_norm, silu_mul
+from sse_kernels.elementwise import _can_launch
 from sse_kernels.triton_elementwise import triton_add_rms_norm, triton_silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,3 +46,13 @@ def test_a_wrong_argument_is_named():
         add_rms_norm(x, x[:2], x[0], eps=1e-6)
     with pytest.raises(ValueError, match=r"weight must be torch.float32 as x, got torch.float64"):
         add_rms_norm(x, x, x[0].double(), eps=1e-6)
+
+
+def test_no_kernel_runs_where_any_input_wants_a_gradient():
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 4, device="cuda"), torch.empty(4, device="cuda")
+        assert _can_launch(x, x, weight)
+        weight.requires_grad_()
+        assert not _can_launch(x, x, weight)
+        with torch.no_grad():
+            assert _can_launch(x, x, weight)
