@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     """Partitions of every token, in the order in which their reads are summed."""
 
     ids: Tensor
-    """[T, K] int64, ascending in each row."""
+    """[T, K] int64, or uint8 from a layer's step on CUDA; ascending in each row."""
     weights: Tensor
     """[T, K] fp32, `probs` at `ids`, not renormalised; differentiable."""
     probs: Tensor

@@ -13,6 +13,7 @@ from .routing import Routing
 
 def touched(ids: Tensor) -> Tensor:
     """Indices [B, 1+K] into the state's partition axis: 0 is shared, 1 + n is partition n."""
+    ids = ids.long()  # as bytes, 255 + 1 would be the shared state, and an index a mask
     return torch.cat([ids.new_zeros(len(ids), 1), ids + 1], dim=1)
 
 

@@ -78,3 +78,22 @@ def test_prefill_then_decode_is_the_definition(variant, options, make_case):
         out = step(case, [t], state, torch.tensor([0]))
         torch.testing.assert_close(out, o[t : t + 1], rtol=0, atol=1e-13)  # measured 1.8e-15
     torch.testing.assert_close(state, final, rtol=0, atol=1e-13)
+
+
+@variants
+def test_ids_in_bytes_are_those_in_words(variant, options, make_case):
+    """A layer's step on CUDA returns bytes, in which 255 + 1 would be the shared state."""
+    case = make_case(variant, [5], partitions=256, dk=2, dv=2, dtype=torch.float32, **options)
+    args = [x for name, x in case.tokens.items() if name != "logits"]
+    case.tokens["logits"][:, 255] += 20.0
+    words = sse_kernels.route(case.tokens["logits"], 1)
+    assert words.ids.eq(255).all()
+    bytes_ = words._replace(ids=words.ids.to(torch.uint8))
+    op, found = getattr(sse_kernels, f"sse_{variant}_step"), []
+    for routing in (words, bytes_):
+        state = case.initial_state.repeat(5, 1, 1, 1, 1)
+        o = op(*args, routing, state=state, slots=torch.arange(5), **options)
+        form = case.form("recurrent")
+        rest = {"cu_seqlens": case.cu_seqlens, "initial_state": case.initial_state, **options}
+        found.append((o, state, form(*args, routing, **rest)[0]))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
