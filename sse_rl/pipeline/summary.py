@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sse_rl.pipeline.best import kept
 from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.difficulty import FILE as DIFFICULTY
 from sse_rl.pipeline.difficulty import pass_rates, read_rates
@@ -29,7 +30,7 @@ def summarize(
     """Write summary.json and report.html and return the summary. `seconds` are added to those of
     former attempts."""
     rows = read_rows(run_dir / METRICS)
-    export = run_dir / EXPORT
+    export, best = run_dir / EXPORT, kept(run_dir)
     summary = {
         "name": recipe.name,
         "status": status,
@@ -39,6 +40,7 @@ def summarize(
         "wall_s": round(read_summary(run_dir).get("wall_s", 0.0) + seconds, 1),
         "settings": settings(recipe),
         "difficulty": difficulty(run_dir),
+        "best": best._asdict() if best is not None else None,
         "eval": evaluations(run_dir, recipe),
         "training": training(rows),
         "throughput": throughput(rows),

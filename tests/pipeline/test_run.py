@@ -181,5 +181,6 @@ def test_a_run_that_collapses_stops_and_exports_its_best(tmp_path):
     assert summary["eval"]["heldout"].keys() >= {"base", "tuned", "gain"}
     best = json.loads((run / "best" / "score.json").read_text())
     assert best["metric"] == "eval/heldout" and best["step"] in (0, 2)
+    assert summary["best"] == best
     same = (run / "best" / "model" / "model.safetensors").read_bytes()
     assert (run / "export" / "model.safetensors").read_bytes() == same
