@@ -125,6 +125,8 @@ def check_files(recipe: Recipe, *, origin: str = "recipe") -> None:
         "data.train.path": data.train.path,
         "data.test.path": data.test.path if data.test else None,
     }
+    if recipe.grpo is not None and recipe.grpo.difficulty is not None:
+        files["grpo.difficulty.path"] = recipe.grpo.difficulty.path
     if recipe.distill is not None:
         for name in ("corpora", "eval"):
             for index, corpus in enumerate(getattr(recipe.distill, name)):

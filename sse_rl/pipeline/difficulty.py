@@ -136,10 +136,19 @@ class Measurement:
 
 def read_rates(path: Path) -> dict[str, PassRate]:
     """What was measured so far. Raises UserError if a line is not what a measurement writes."""
-    try:
-        return {row["id"]: PassRate(row["samples"], row["right"]) for row in read_rows(path)}
-    except KeyError as error:
-        raise UserError(f"{path}: a row has no {error}; expected id, samples, right") from None
+    rates = {}
+    for row in read_rows(path):
+        if missing := [key for key in ("id", "samples", "right") if key not in row]:
+            raise UserError(f"{path}: a row has no {missing[0]!r}; expected id, samples, right")
+        name, samples, right = row["id"], row["samples"], row["right"]
+        counts = isinstance(samples, int) and isinstance(right, int) and 0 <= right <= samples
+        if not (isinstance(name, str) and counts and samples > 0):
+            raise UserError(
+                f"{path}: id {name!r}, samples {samples!r}, right {right!r}; expected a prompt's "
+                "id, a count of at least 1, and how many of them were right"
+            )
+        rates[name] = PassRate(samples, right)
+    return rates
 
 
 def keep(

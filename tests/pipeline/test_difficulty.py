@@ -131,3 +131,18 @@ def test_a_file_that_is_not_there_or_of_something_else_is_refused(tmp_path: Path
     (tmp_path / "f").write_text('{"id": "a", "reward": 1}\n')
     with pytest.raises(UserError, match="a row has no 'samples'"):
         check(Difficulty(path=str(tmp_path / "f")))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "a", "samples": 0, "right": 0},
+        {"id": "a", "samples": 4, "right": 5},
+        {"id": "a", "samples": 4, "right": None},
+        {"id": ["a"], "samples": 4, "right": 1},
+    ],
+)
+def test_a_row_that_is_no_count_is_refused(tmp_path: Path, row: dict):
+    (tmp_path / "f").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"f: id .*, samples .*, right .*; expected a prompt's id"):
+        check(Difficulty(path=str(tmp_path / "f")))
