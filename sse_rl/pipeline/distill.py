@@ -60,10 +60,15 @@ def distill(
             all stages.
 
     Raises:
-        UserError: `state` is damaged or of another model.
+        UserError: `state` is damaged, or there is no layer to align.
         FloatingPointError: a loss is not finite.
     """
     job = _Distillation(student, teacher, text, options, seed)
+    if options.align_steps and not job.mixers():
+        raise UserError(
+            f"distill.align_steps = {options.align_steps}: every layer stays attention, so "
+            "there is none to align; use 0"
+        )
     stages = [
         _Stage(TRAINED, options.teacher_steps, options.teacher_learning_rate, job.teach),
         _Stage(ALIGNED, options.align_steps, options.align_learning_rate, job.align),

@@ -152,3 +152,18 @@ def test_a_damaged_state_is_refused(llama, tmp_path: Path):
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"state\.pt: damaged"):
         run(llama, tmp_path)
+
+
+def test_aligning_a_model_without_converted_layers_is_refused(llama, tmp_path):
+    kept = convert(llama, Convert(source="test", attention_layers=3))
+    with pytest.raises(UserError, match=r"distill\.align_steps = 8: every layer stays attention"):
+        distill(
+            kept,
+            as_softmax(llama, "test"),
+            text(),
+            {},
+            options=OPTIONS,
+            seed=0,
+            state=tmp_path / "state",
+        )
+    assert not (tmp_path / "state").exists()
