@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gla.triton_shapes import gla_shapes
+from ..gla.triton_shapes import empty_final, gla_shapes
 from ..routing import Routing
 from ..routing_plan import routing_plan
 from .triton_backward import gdn_backward
@@ -55,7 +55,7 @@ def _gdn(
     initial_state: Tensor | None, output_final_state: bool, gate_after_norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shapes = gla_shapes(q1, v, weights, segments, partitions)
-    final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
+    final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
     o = gdn_forward(
         (q1, k1, q2, k2, v, g1, beta1, g2, beta2), weights, (rows, segments, chunks),
         initial_state, final_state if output_final_state else None, shapes,
@@ -69,16 +69,8 @@ def _(
     q1, k1, q2, k2, v, g1, beta1, g2, beta2, weights, rows, segments, chunks, partitions,
     initial_state, output_final_state, gate_after_norm,
 ):  # fmt: skip
-    final_state = _empty_final(v, segments, q1.shape[2], partitions, output_final_state)
+    final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
     return torch.empty_like(v), final_state
-
-
-def _empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: bool) -> Tensor:
-    if not wanted:
-        return v.new_empty(0, dtype=torch.float32)
-    streams = 1 + partitions
-    shape = segments.shape[1] // streams, streams, v.shape[1], v.shape[2], dk
-    return v.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("sse_kernels::gdn_backward", mutates_args=())

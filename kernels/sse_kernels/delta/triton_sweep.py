@@ -21,7 +21,7 @@ from torch import Tensor
 from ..block_sizes import block_sizes
 from ..gla.triton_forward import sum_slots
 from ..gla.triton_shapes import GlaShapes, dot_precision
-from ..gla.triton_tiles import load_rows
+from ..gla.triton_tiles import load_rows, load_segment
 from .triton_prepare import Prepared, prepare
 
 
@@ -96,9 +96,7 @@ def gdn_sweep_kernel(
     i_v = tl.program_id(0) % NV
     i_h = tl.program_id(0) // NV % HV
     i_s = tl.program_id(0) // (NV * HV)
-    chunk_count = tl.load(segments + i_s)
-    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
-    chunk_count = tl.minimum(chunk_count, M - chunk)
+    chunk, chunk_count = load_segment(segments, i_s, B, M, N)
     q, k = q1, k1
     if i_s >= B:
         q, k = q2, k2

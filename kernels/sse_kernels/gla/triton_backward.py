@@ -22,7 +22,7 @@ from .triton_gradients import chunk_gradients
 from .triton_prepare import prepare
 from .triton_shapes import GlaShapes, dot_precision
 from .triton_steep import add_steep_gradients
-from .triton_tiles import load_rows
+from .triton_tiles import load_rows, load_segment
 
 
 def gla_backward(
@@ -95,9 +95,7 @@ def gla_states_kernel(
     i_tile = tl.program_id(0) % TILES
     i_h = tl.program_id(0) // TILES % HV
     i_s = tl.program_id(0) // (TILES * HV)
-    chunk_count = tl.load(segments + i_s)
-    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
-    chunk_count = tl.minimum(chunk_count, M - chunk)
+    chunk, chunk_count = load_segment(segments, i_s, B, M, N)
 
     i_c, i_k = tl.arange(0, C), i_tile // NV * BK + tl.arange(0, BK)
     i_vd = i_tile % NV * BV + tl.arange(0, BV)
@@ -134,9 +132,7 @@ def gla_dstates_kernel(
     i_v = tl.program_id(0) % NV
     i_h = tl.program_id(0) // NV % HV
     i_s = tl.program_id(0) // (NV * HV)
-    chunk_count = tl.load(segments + i_s)
-    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
-    chunk_count = tl.minimum(chunk_count, M - chunk)
+    chunk, chunk_count = load_segment(segments, i_s, B, M, N)
 
     i_c, i_k, i_vd = tl.arange(0, C), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
     v_mask = (i_vd < DV)[None, :]

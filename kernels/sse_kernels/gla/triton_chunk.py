@@ -9,7 +9,7 @@ from ..routing import Routing
 from ..routing_plan import routing_plan
 from .triton_backward import gla_backward
 from .triton_forward import gla_forward, sum_slots
-from .triton_shapes import gla_shapes
+from .triton_shapes import empty_final, gla_shapes
 
 
 def triton_sse_gla(
@@ -66,14 +66,6 @@ def _(
 ):  # fmt: skip
     final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
     return torch.empty_like(v), final_state
-
-
-def empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: bool) -> Tensor:
-    if not wanted:
-        return v.new_empty(0, dtype=torch.float32)
-    streams = 1 + partitions
-    shape = segments.shape[1] // streams, streams, v.shape[1], v.shape[2], dk
-    return v.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("sse_kernels::gla_backward", mutates_args=())

@@ -21,7 +21,7 @@ from .triton_activate import load_values, silu_slope
 from .triton_prepare import prepare
 from .triton_shapes import GlaShapes, dot_precision
 from .triton_steep import add_steep_outputs
-from .triton_tiles import load_rows
+from .triton_tiles import load_rows, load_segment
 
 
 def gla_forward(
@@ -101,9 +101,7 @@ def gla_fwd_kernel(
     i_v = tl.program_id(0) % NV
     i_h = tl.program_id(0) // NV % HV
     i_s = tl.program_id(0) // (NV * HV)
-    chunk_count = tl.load(segments + i_s)
-    chunk = tl.load(segments + B * (1 + N) + i_s) - chunk_count
-    chunk_count = tl.minimum(chunk_count, M - chunk)
+    chunk, chunk_count = load_segment(segments, i_s, B, M, N)
 
     i_c, i_k, i_vd = tl.arange(0, C), tl.arange(0, DK), i_v * BV + tl.arange(0, BV)
     v_mask = (i_vd < DV)[None, :]

@@ -9,9 +9,8 @@ from ..routing import Routing
 from ..routing_plan import routing_plan
 from ..triton_norm import norm_backward, norm_forward
 from .triton_backward import gla_backward
-from .triton_chunk import empty_final
 from .triton_forward import gla_forward
-from .triton_shapes import gla_shapes
+from .triton_shapes import empty_final, gla_shapes
 
 
 def triton_sse_gla_layer(

@@ -65,6 +65,15 @@ def gla_shapes(
     )
 
 
+def empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: bool) -> Tensor:
+    """fp32 [B, 1+N, Hv, Dv, Dk] for the final states of v [T, Hv, Dv], or nothing if not wanted."""
+    if not wanted:
+        return v.new_empty(0, dtype=torch.float32)
+    streams = 1 + partitions
+    shape = segments.shape[1] // streams, streams, v.shape[1], v.shape[2], dk
+    return v.new_empty(shape, dtype=torch.float32)
+
+
 def dot_precision(x: Tensor) -> str:
     """fp32 operands multiply as three tf32 products, which keeps fp32's error; others are exact."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"

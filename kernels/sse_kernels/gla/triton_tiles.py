@@ -1,9 +1,17 @@
-"""What the SSE-GLA kernels read alike: a chunk's rows, their weights, and its exponents."""
+"""What the sequence kernels of both operators read alike: segments, chunks, rows, exponents."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_segment(segments, i_s, B, M, N: tl.constexpr):
+    """The first chunk of segment i_s, and how many it has of the plan's M."""
+    count = tl.load(segments + i_s)
+    first = tl.load(segments + B * (1 + N) + i_s) - count
+    return first, tl.minimum(count, M - first)
 
 
 @triton.jit
