@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sse_rl.model.cache import PackedInputs, SlotCache, padded_rows
+from sse_rl.model.cache import PackedInputs, SlotCache, padded_rows, prefill_padding
 from sse_rl.model.modeling import SSEForCausalLM
 from sse_rl.types import PackedBatch
 
@@ -92,9 +92,7 @@ class _Tape:
         ends = np.cumsum(self.prompts)
         offset = np.arange(ends[-1]) - (ends - self.prompts)[sequence]
         places = self.starts[sequence] + offset
-        lengths, padding = self.prompts, padded_rows(len(places)) - len(places)
-        if lengths.max() == 1 and padding < 2:
-            padding += 8  # prompts of one token only would take the recurrent path
+        lengths, padding = self.prompts, prefill_padding(self.prompts.tolist())
         slots = np.arange(1, len(lengths) + 1)
         if padding:
             lengths, slots = np.append(lengths, padding), np.append(slots, 0)

@@ -5,6 +5,7 @@ The cache holds tensors only: who owns which slot and page is the caller's busin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,3 +147,13 @@ def padded_rows(rows: int) -> int:
     its company.
     """
     return max(16, -(-rows // 8) * 8)
+
+
+def prefill_padding(lengths: Sequence[int]) -> int:
+    """Tokens of a sequence that pads a prefill of pieces of these lengths.
+
+    Pieces of one token only would take the recurrent path: they get a longer one beside them.
+    """
+    fed = sum(lengths)
+    padding = padded_rows(fed) - fed
+    return padding + 8 if max(lengths) == 1 and padding < 2 else padding

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import torch
+from sse_kernels.activations import DECAY_TEMPERATURE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -31,7 +32,6 @@ OUTPUT_SCALE = 0.05
 far smaller than the 1 that o_norm gives. Divergence from SmolLM2-135M on four GSM8K problems, one
 layer in four kept: SSE-GLA 8.9 nats a token at 1, 8.0 at 0.1, 4.1 at 0.05, 4.2 at 0.03, 5.8 at 0;
 SSE-GDN 11.1 at 1, 4.3 at 0.1, 3.6 at 0.05."""
-_DECAY_TEMPERATURE = 16
 _TOP = {
     "model.embed_tokens.weight": "model.embeddings.weight",
     "model.norm.weight": "model.norm.weight",
@@ -246,7 +246,7 @@ def _start(mixer: SSEMixer) -> None:
     mixer.o_norm.weight.fill_(OUTPUT_SCALE)
     if config.linear_attn_type == "gla":
         # logsigmoid(b) / 16 = -ln 2 / half-life
-        rate = _DECAY_TEMPERATURE * _rates(config.head_dim)
+        rate = DECAY_TEMPERATURE * _rates(config.head_dim)
         for low_rank in mixer.gk_proj:
             low_rank[1].weight.zero_()  # pyright: ignore[reportIndexIssue]
             low_rank[1].bias.copy_(-rate.expm1().log().repeat(config.num_heads))  # pyright: ignore[reportIndexIssue]

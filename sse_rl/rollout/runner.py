@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache, SSEForCausalLM
-from sse_rl.model.cache import padded_rows
+from sse_rl.model.cache import padded_rows, prefill_padding
 from sse_rl.model.modeling import SSEBlock
 from sse_rl.model.projections import join_block
 from sse_rl.rollout.arrival import Arrival, send
@@ -90,10 +90,7 @@ class Runner:
         positions = [np.arange(p.start, p.stop) for p in pieces]
         starts = [piece.start for piece in pieces]
         slots = [piece.job.slot for piece in pieces]
-        fed = sum(lengths)
-        padding = padded_rows(fed) - fed
-        if max(lengths) == 1 and padding < 2:
-            padding += 8  # pieces of one token only would take the recurrent path
+        fed, padding = sum(lengths), prefill_padding(lengths)
         if padding:
             tokens.append(np.zeros(padding, np.int64))
             positions.append(np.arange(padding))
