@@ -33,6 +33,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, re
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")
 ]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Address = Annotated[
     str, typer.Option(help="auto: a running Ray cluster, else local; local; or HOST:PORT.")
 ]
@@ -117,6 +118,13 @@ def evaluate(
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Answers that an engine writes at a time.")
     ] = 256,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(DTYPES),
+            help="What engines compute in; auto is the checkpoint's own.",
+        ),
+    ] = "auto",
     chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="Off for a base model.")
     ] = True,
@@ -147,7 +155,9 @@ def evaluate(
     if endpoint is not None:
         target = Served(endpoint, served_model, workers or 16)
     else:
-        target = Checkpoint(str(model), address, workers, max_num_seqs, chat_template)
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+        target = Checkpoint(str(model), address, workers, max_num_seqs, chat_template, dtype)
     evaluation = Evaluation(target, protocol, out)
     if dry_run:
         _print_json([plan._asdict() for plan in evaluation.plans()])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+import torch
 from sse_eval import Benchmark, Generator, Summary, evaluate, load_benchmark, prompt_template
 from sse_eval.endpoint import Endpoint
 from sse_eval.runner import requests_of
@@ -82,6 +83,8 @@ class Checkpoint:
     workers: int | None = None
     max_num_seqs: int = 256
     chat_template: bool = True
+    dtype: str = "auto"
+    """What the engines compute in: float32, bfloat16 or float16; auto is the checkpoint's own."""
 
     @cached_property
     def name(self) -> str:
@@ -115,7 +118,8 @@ class Checkpoint:
     @contextmanager
     def open(self, longest: int) -> Iterator[Opened]:
         """Engines with room for `longest` tokens of prompt and answer."""
-        policy = load_policy(self.folder)
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        policy = load_policy(self.folder, dtype)
         index, buffer = pack(policy.state_dict(), version=0)
         cluster.connect(self.address)
         rollout = rollout_of(self.workers, self.max_num_seqs)
