@@ -71,6 +71,9 @@ class SoftmaxAttention(nn.Module):
         """q, k, v before RoPE; k and v go to the cache. Without a kernel the pages are gathered."""
         assert seqs.block_table is not None and seqs.context_lens is not None
         pages = cache.k[self.index], cache.v[self.index]
+        room = seqs.block_table.shape[1] * pages[0].shape[1]
+        if seqs.max_context > room:
+            raise ValueError(f"block_table: room for {room} tokens, max_context {seqs.max_context}")
         if triton_serves(q) and q.dtype == pages[0].dtype and not q.requires_grad:
             lengths = {
                 "context_lens": seqs.context_lens,

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from sse_kernels import paged_attention, rotate_into_pages
+from sse_kernels.attention import triton_rotate
 from sse_kernels.attention.naive import naive_paged_attention
 from sse_kernels.attention.triton_paged import Tile, triton_paged_attention
 from sse_kernels.attention.triton_rotate import triton_rotate_into_pages
@@ -105,6 +106,54 @@ def test_a_piece_of_prefill_has_the_same_bits_however_it_is_cut():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("page", [16, 32, 48])
+@pytest.mark.parametrize("lengths", [None, [40, 1]], ids=["decode", "prefill"])
+def test_a_tile_of_keys_may_span_pages(lengths, page):
+    args, options = case([70, 20], lengths, heads=2, kv_heads=1, page=page)
+    expected = naive_paged_attention(*args, **options)
+    found = triton_paged_attention(*args, **options, split=128, tile=Tile(16, 64, 4, 1))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("context", [48, 2**40, -20])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("lengths", [None, [1, 17, 2]], ids=["decode", "prefill"])
+def test_a_sequence_without_room_in_its_table_gives_nan_and_writes_nothing(
+    lengths, window, context
+):
+    (q, *pages, table), options = case([40, 20, 30], lengths, spare=1)
+    narrow = table[:, :3]  # three pages hold 48 tokens; the columns behind them are not its own
+    options["context_lens"][1] = context
+    kept = [x.clone() for x in pages]
+    rotated = triton_rotate_into_pages(q, *q.chunk(2, 1), *pages, narrow, theta=1e4, **options)
+    bounds = options.get("cu_seqlens", torch.arange(4)).tolist()
+    outside, fitting = slice(*bounds[1:3]), table[1]
+    for before, after in zip(kept, pages, strict=True):
+        assert torch.equal(before[fitting].nan_to_num(), after[fitting].nan_to_num())
+    for split in (32, 128):
+        o = triton_paged_attention(
+            rotated, *pages, narrow, **options, window=window, split=split, tile=SMALL
+        )
+        assert o[outside].isnan().all()
+        options["context_lens"][1] = 0
+        rows = torch.cat([o[: outside.start], o[outside.stop :]])
+        assert rows.isfinite().all()
+        options["context_lens"][1] = context
+
+
+@needs_interpreter
+def test_frequencies_made_while_a_graph_is_captured_are_not_kept(monkeypatch):
+    made = lambda: triton_rotate._frequencies(16, 123.0, torch.device("cuda"))
+    monkeypatch.setattr(triton_rotate, "_kept", {})
+    monkeypatch.setattr(triton_rotate, "frequencies", lambda *key: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    of_a_capture = made()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert made() is not of_a_capture and made() is made()
+
+
+@needs_interpreter
 @pytest.mark.parametrize("lengths", [None, [30, 1, 17]])
 @pytest.mark.parametrize("width", [16, 24])
 def test_rotation_into_pages_is_that_of_torch(lengths, width):
@@ -134,6 +183,7 @@ def test_rotation_into_pages_is_that_of_torch(lengths, width):
             {"context_lens": torch.tensor([5, 5, 500])},
             r"block_table must be wide enough for 501 .* got 80",
         ),
+        ({"block_table": torch.zeros(3, 0).long()}, r"block_table must be one page wide or more"),
         ({"context_lens": torch.tensor([5, -1, 5])}, r"context_lens must be at least 0, got -1"),
         (
             {"k_pages": torch.zeros(9, 0, 2, 16), "v_pages": torch.zeros(9, 0, 2, 16)},

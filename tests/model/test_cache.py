@@ -69,6 +69,12 @@ def test_chunked_prefill_and_steps_equal_the_full_forward(model, cuts):
     assert (torch.cat(fed) - whole(model, tokens)).abs().max() < TOLERANCE
 
 
+def test_a_block_table_without_room_is_refused(model):
+    rows = Rows(model, 1, capacity=32)
+    with pytest.raises(ValueError, match="block_table: room for 32 tokens, max_context 40"):
+        rows.feed({0: text(40)})
+
+
 def test_sequences_of_different_ages_share_a_call(model):
     first, second = text(100, 1), text(40, 2)
     rows = Rows(model, 2)

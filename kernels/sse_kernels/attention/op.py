@@ -35,7 +35,8 @@ def paged_attention(
         split: on a GPU the keys of a decode step are worked on in parts of so many tokens, a
             multiple of 128. A row's bits depend on its keys and this number alone.
 
-    Returns o [T, H, D]. Raises ValueError or TypeError naming the argument.
+    Returns o [T, H, D]. Raises ValueError or TypeError naming the argument; a sequence that its
+    block table has no room for is an error on CPU and gives NaN on CUDA.
     """
     op = "paged_attention"
     _check(op, q, k_pages, v_pages, block_table, context_lens, cu_seqlens)
@@ -66,7 +67,8 @@ def rotate_into_pages(
     """RoPE of q and k; k and v go to their places in the pages, which are changed in place.
 
     k, v [T, Hkv, D] in q's dtype; the other arguments as in `paged_attention`. Returns q, rotated.
-    Raises ValueError or TypeError naming the argument.
+    Raises ValueError or TypeError naming the argument; a token that its sequence's block table has
+    no room for is an error on CPU and goes nowhere on CUDA.
     """
     op = "rotate_into_pages"
     _check(op, q, k_pages, v_pages, block_table, context_lens, cu_seqlens)
@@ -139,6 +141,9 @@ def _check(
         expect(x.device == q.device, op, name, f"on {q.device}", x.device)
         dense = x.shape[-1] <= 1 or x.stride(-1) == 1
         expect(dense, op, name, "contiguous in its last axis", f"strides {list(x.stride())}")
+    if len(q):
+        shape = list(block_table.shape)
+        expect(block_table.shape[1] >= 1, op, "block_table", "one page wide or more", shape)
     if q.device.type == "cpu":
         _check_values(op, k_pages, block_table, context_lens, cu_seqlens)
 

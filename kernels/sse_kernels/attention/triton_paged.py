@@ -69,7 +69,10 @@ def triton_paged_attention(
     split: int,
     tile: Tile | None = None,
 ) -> Tensor:
-    """See `paged_attention`. One launch, and for long block tables of a decode step a second."""
+    """See `paged_attention`. One launch, and for long block tables of a decode step a second.
+
+    A sequence that its block table has no room for gives NaN: lengths are not known on the host.
+    """
     (tokens, heads, width), (pages, page, kv_heads) = q.shape, k_pages.shape[:3]
     q = q.contiguous()
     o = torch.empty_like(q)
@@ -77,29 +80,29 @@ def triton_paged_attention(
         return o
     decode, group = cu_seqlens is None, triton.next_power_of_2(heads // kv_heads)
     tile = tile or (decode_tile if decode else prefill_tile)(width, q.dtype)
-    keys = math.gcd(tile.keys, page)  # a tile's keys lie in one page
-    assert split % keys == 0, f"split = {split} is no multiple of {keys} keys"
+    room, span = block_table.shape[1] * page, split if decode else max(_SPAN, tile.keys)
+    assert span % tile.keys == 0, f"{span} keys are no multiple of {tile.keys}"
     queries = 1 if decode else max(tile.rows // group, 1)
     tiles = tokens if decode else tokens // queries + len(context_lens)
-    parts = _parts(block_table.shape[1] * page, window, split) if decode else 1
+    parts = _parts(room, window, split) if decode else 1
     several = parts > 1
     part = q.new_empty((tokens, heads, parts, width) if several else 0, dtype=torch.float32)
     norm = q.new_empty((tokens, heads, parts, 2) if several else 0, dtype=torch.float32)
-    span = split if decode else max(_SPAN, keys)
     columns = triton.next_power_of_2(-(-span // page) + (span % page != 0))
     width_pow2 = max(triton.next_power_of_2(width), 16)
     paged_attention_kernel[(tiles * kv_heads, parts)](
         q, k_pages, v_pages, o, part, norm, block_table, context_lens, cu_seqlens,
-        width**-0.5 * math.log2(math.e), block_table.stride(0), len(context_lens), pages, parts,
+        width**-0.5 * math.log2(math.e), block_table.stride(0), len(context_lens), pages, room,
+        parts,
         G=heads // kv_heads, GP=group, HKV=kv_heads, D=width, DP=width_pow2, PAGE=page,
-        BQ=queries, BM=max(queries * group, tile.rows), BN=keys, NP=columns, SPAN=span,
+        BQ=queries, BM=max(queries * group, tile.rows), BN=tile.keys, NP=columns, SPAN=span,
         WINDOW=window or 0, SPLIT=split if decode else 0, SEVERAL=several,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if several:
         join_parts_kernel[(tokens * heads,)](
-            part, norm, o, context_lens, parts, H=heads, D=width, DP=width_pow2,
+            part, norm, o, context_lens, room, parts, H=heads, D=width, DP=width_pow2,
             WINDOW=window or 0, SPLIT=split, BS=_JOIN, num_warps=2,
         )  # fmt: skip
     return o
@@ -111,10 +114,10 @@ def _parts(keys: int, window: int | None, split: int) -> int:
     return most if window is None else min(most, -(-(window - 1) // split) + 1)
 
 
-@triton.jit(do_not_specialize=["stride", "B", "P", "parts"])
+@triton.jit(do_not_specialize=["stride", "B", "P", "room", "parts"])
 def paged_attention_kernel(
     q, k_pages, v_pages, o, part, norm, block_table, context_lens, cu_seqlens,
-    scale, stride, B, P, parts,
+    scale, stride, B, P, room, parts,
     G: tl.constexpr, GP: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -130,8 +133,10 @@ def paged_attention_kernel(
         begin = (i_tile - start // BQ - i_b) * BQ
         if begin >= length:
             return
-    context = tl.load(context_lens + i_b).to(tl.int32)
-    low, high = 0, context + tl.minimum(begin + BQ, length)
+    context = tl.load(context_lens + i_b)
+    fits = (context >= 0) & (context <= room - length)
+    context = tl.where(fits, context, 0).to(tl.int32)
+    low, high = 0, tl.minimum(context + tl.minimum(begin + BQ, length), room)
     if WINDOW:
         low = tl.maximum(context + begin - WINDOW + 1, 0)
     if SPLIT:
@@ -156,8 +161,11 @@ def paged_attention_kernel(
     for span in range(low // SPAN * SPAN, high, SPAN):
         pages = load_pages(block_table, i_b, stride, span // PAGE + i_p, tl.cdiv(high, PAGE), P)
         for j in range(tl.maximum(low // BN * BN, span), tl.minimum(high, span + SPAN), BN):
-            page = tl.sum(tl.where(i_p == j // PAGE - span // PAGE, pages, 0), axis=0)
             n = j + tl.arange(0, BN)
+            if PAGE % BN == 0:
+                page = tl.sum(tl.where(i_p == j // PAGE - span // PAGE, pages, 0), axis=0)
+            else:
+                page = tl.gather(pages, n // PAGE - span // PAGE, axis=0)
             inside = n < high
             at = ((page.to(tl.int64) * PAGE + n % PAGE) * HKV + i_h) * D
             inner = inside[None, :] & (i_d < D)[:, None]
@@ -177,6 +185,7 @@ def paged_attention_kernel(
             b_o = tl.dot(weights.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
             top = new_top
 
+    total = tl.where(fits, total, float("nan"))
     if SEVERAL:
         place = head * parts + tl.program_id(1)
         tl.store(norm + place * 2, top, mask=live)
@@ -187,14 +196,15 @@ def paged_attention_kernel(
         tl.store(o + head[:, None] * D + i_d[None, :], b_o.to(o.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["room", "parts"])
 def join_parts_kernel(
-    part, norm, o, context_lens, parts,
+    part, norm, o, context_lens, room, parts,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     BS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
-    last = tl.load(context_lens + head // H).to(tl.int32)
+    last = tl.load(context_lens + head // H)
+    last = tl.where((last >= 0) & (last < room), last, 0).to(tl.int32)
     count = last // SPLIT + 1
     if WINDOW:
         count -= tl.maximum(last - WINDOW + 1, 0) // SPLIT

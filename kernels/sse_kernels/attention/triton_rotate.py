@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 from .rope import frequencies
 from .triton_tiles import load_pages, sequence_of
 
-_frequencies = functools.cache(frequencies)  # every layer of every step asks for the same ones
+_kept: dict[tuple[int, float, torch.device], Tensor] = {}
 
 
 def triton_rotate_into_pages(
@@ -31,8 +29,8 @@ def triton_rotate_into_pages(
     context_lens: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """See `rotate_into_pages`. One program a token."""
-    (tokens, heads, width), kv_heads = q.shape, k.shape[1]
+    """See `rotate_into_pages`. One program a token; what its table has no room for is not kept."""
+    (tokens, heads, width), (page, kv_heads) = q.shape, k_pages.shape[1:3]
     q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
@@ -42,17 +40,28 @@ def triton_rotate_into_pages(
         q, k, v, _frequencies(width, theta, q.device), k_pages, v_pages, o,
         block_table, context_lens, cu_seqlens,
         q.stride(0), k.stride(0), v.stride(0),
-        block_table.stride(0), len(context_lens), k_pages.shape[0],
+        block_table.stride(0), len(context_lens), len(k_pages), block_table.shape[1] * page,
         H=heads, HP=power(heads), HKV=kv_heads, HKVP=power(kv_heads), HALF=width // 2,
-        HALFP=power(width // 2), PAGE=k_pages.shape[1], num_warps=4,
+        HALFP=power(width // 2), PAGE=page, num_warps=4,
     )  # fmt: skip
     return o
 
 
-@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "stride", "B", "P"])
+def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """Every layer of every step asks for the same ones: they are kept, except those made while a
+    graph is captured, whose memory is the graph's and empty until its first replay."""
+    key = width, theta, device
+    if (found := _kept.get(key)) is None:
+        found = frequencies(*key)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _kept[key] = found
+    return found
+
+
+@triton.jit(do_not_specialize=["q_row", "k_row", "v_row", "stride", "B", "P", "room"])
 def rotate_kernel(
     q, k, v, frequency, k_pages, v_pages, o, block_table, context_lens, cu_seqlens,
-    q_row, k_row, v_row, stride, B, P,
+    q_row, k_row, v_row, stride, B, P, room,
     H: tl.constexpr, HP: tl.constexpr, HKV: tl.constexpr, HKVP: tl.constexpr, HALF: tl.constexpr,
     HALFP: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +72,8 @@ def rotate_kernel(
     else:
         i_b = sequence_of(cu_seqlens, i_t, B, 0)
         position = tl.load(context_lens + i_b) + i_t - tl.load(cu_seqlens + i_b)
+    fits = (position >= 0) & (position < room)
+    position = tl.where(fits, position, 0)
     page = load_pages(block_table, i_b, stride, position // PAGE, position // PAGE + 1, P)
     row = page.to(tl.int64) * PAGE + position % PAGE
     i_d = tl.arange(0, HALFP)[None, :]
@@ -75,7 +86,7 @@ def rotate_kernel(
     _turn(q + i_t * q_row + at, o + i_t * H * 2 * HALF + at, cos, sin, mask, HALF)
 
     i_h = tl.arange(0, HKVP)[:, None]
-    mask = (i_h < HKV) & (i_d < HALF)
+    mask = (i_h < tl.where(fits, HKV, 0)) & (i_d < HALF)
     at = i_h * (2 * HALF) + i_d
     target = row * HKV * 2 * HALF + at
     _turn(k + i_t * k_row + at, k_pages + target, cos, sin, mask, HALF)
