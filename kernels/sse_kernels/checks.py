@@ -22,6 +22,12 @@ def expect(holds: bool, op: str, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{op}: {name} must be {expected}, got {got}")
 
 
+def expect_count(op: str, name: str, x: object, most: int, of: str) -> None:
+    """Raise ValueError unless `x` is an integer from 1 to `most`, which is called `of`."""
+    holds = isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= most
+    expect(holds, op, name, f"an integer from 1 to {of} = {most}", x)
+
+
 def expect_float(op: str, name: str, x: Tensor) -> None:
     """Raise TypeError unless `x` is a tensor of floats."""
     if not isinstance(x, Tensor):
@@ -93,7 +99,8 @@ def expect_streams(
 ) -> None:
     """Raise unless the token tensors of both streams and the routing, if any, fit together.
 
-    q: tensors [T, H, Dk], the first of which sets T, H and Dk; per_head: tensors [T, Hv].
+    q: tensors [T, H, Dk], the first of which sets T, H and Dk; per_head: tensors [T, Hv]. Queries,
+    keys and values are all fp64 or none is, for that decides what is computed in.
     """
     name, first = next(iter(q.items()))
     expect_float(op, name, first)
@@ -103,6 +110,11 @@ def expect_streams(
         expect_tensor(op, name, x, "[T, H, Dk]", (tokens, heads, dk), first.device)
     expect_float(op, "v", v)
     expect(v.dim() == 3, op, "v", "shape [T, Hv, Dv]", list(v.shape))
+    double = first.dtype == torch.float64
+    for name, x in (*q.items(), ("v", v)):
+        if not name.startswith("g"):  # decays may be fp32 whatever they belong to
+            same = (x.dtype == torch.float64) == double
+            expect(same, op, name, f"{first.dtype} as {next(iter(q))}", x.dtype)
     value_heads, dv = v.shape[1:]
     expect_tensor(op, "v", v, "[T, Hv, Dv]", (tokens, value_heads, dv), first.device)
     expect(heads >= 1 and dk >= 1 and dv >= 1, op, "H, Dk, Dv", ">= 1", [heads, dk, dv])

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import classify, gdn_beta, gdn_log_decay, gla_log_decay
-from .checks import expect, expect_cu_seqlens, expect_initial_state, expect_streams, expect_tensor
+from .checks import (
+    expect_count,
+    expect_cu_seqlens,
+    expect_initial_state,
+    expect_streams,
+    expect_tensor,
+)
 from .delta.op import sse_gdn
 from .gla.op import sse_gla
 from .norm import gated_rms_norm
@@ -53,7 +59,7 @@ def sse_gla_layer(
     _expect_layer(op, q1, v, routing, cu_seqlens, initial_state, norm_weight, gate)
     dk = q1.shape[2]
     if row_topk is not None:
-        expect(1 <= row_topk <= dk, op, "row_topk", f"1 to Dk = {dk}", row_topk)
+        expect_count(op, "row_topk", row_topk, dk, "Dk")
     rest = {
         "cu_seqlens": cu_seqlens,
         "initial_state": initial_state,

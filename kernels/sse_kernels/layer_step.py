@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import classify, gdn_beta, gdn_log_decay, gla_log_decay
-from .checks import expect, expect_float, expect_ids, expect_slots, expect_streams, expect_tensor
+from .checks import (
+    expect,
+    expect_count,
+    expect_float,
+    expect_ids,
+    expect_slots,
+    expect_streams,
+    expect_tensor,
+)
 from .delta.op import sse_gdn_step
 from .gla.op import sse_gla_step
 from .norm import gated_rms_norm
@@ -45,8 +53,9 @@ def sse_gla_layer_step(
     `logits`, then `gated_rms_norm` over each head. arXiv 2507.16577, section 3.
 
     q1, k1, q2, k2, gk1, gk2 [B, H, Dk] and v [B, Hv, Dv] raw, their rows free to lie apart; logits
-    [B, N]; ids [B, K] replay an earlier choice; norm_weight [Dv]; gate like v. `state` changes in
-    place at `slots`, as in `sse_gla_step`.
+    [B, N]; ids [B, K] replay an earlier choice (one outside 0..N-1 or given twice is an error on
+    CPU and skipped on CUDA); norm_weight [Dv]; gate like v. `state` changes in place at `slots`, as
+    in `sse_gla_step`.
 
     Returns the output [B, Hv, Dv] in v's dtype, and the routing (ids uint8 on CUDA). No gradients.
     Raises ValueError or TypeError naming the argument.
@@ -57,7 +66,7 @@ def sse_gla_layer_step(
     _expect_layer(op, q1, v, logits, k, ids, norm_weight, gate, state, slots)
     dk = q1.shape[2]
     if row_topk is not None:
-        expect(1 <= row_topk <= dk, op, "row_topk", f"1 to Dk = {dk}", row_topk)
+        expect_count(op, "row_topk", row_topk, dk, "Dk")
     if (launch := _launch(v, state)) is not None:
         return launch(
             q1, k1, q2, k2, v, (gk1, gk2), None, logits, k=k, ids=ids, norm_weight=norm_weight,
@@ -142,7 +151,7 @@ def _expect_layer(
     n = logits.shape[1]
     expect_tensor(op, "logits", logits, "[B, N]", (batch, n), device)
     expect(1 <= n <= MAX_PARTITIONS, op, "N", f"1 to {MAX_PARTITIONS}", n)
-    expect(1 <= k <= n, op, "k", f"1 to N = {n}", k)
+    expect_count(op, "k", k, n, "N")
     if ids is not None:
         expect_ids(op, ids, (batch, k), n, device)
     expect_tensor(op, "norm_weight", norm_weight, "[Dv]", (v.shape[2],), device)

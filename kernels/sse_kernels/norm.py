@@ -17,7 +17,8 @@ def gated_rms_norm(o: Tensor, weight: Tensor, gate: Tensor | None = None, *, eps
     """
     op = "gated_rms_norm"
     expect_float(op, "o", o)
-    expect(o.dim() >= 1, op, "o", "shape [..., Dv]", list(o.shape))
+    fits = o.dim() >= 1 and o.shape[-1] >= 1
+    expect(fits, op, "o", "shape [..., Dv] with Dv >= 1", list(o.shape))
     expect_tensor(op, "weight", weight, "[Dv]", (o.shape[-1],), o.device)
     if gate is not None:
         expect_tensor(op, "gate", gate, "the shape of o", tuple(o.shape), o.device)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import expect, expect_float, expect_ids
+from .checks import expect, expect_count, expect_float, expect_ids
 
 MAX_PARTITIONS = 256
 """Recorded ids travel as uint8."""
@@ -37,7 +37,7 @@ def route(logits: Tensor, k: int, *, ids: Tensor | None = None) -> Routing:
     expect(logits.dim() == 2, "route", "logits", "shape [T, N]", list(logits.shape))
     tokens, partitions = logits.shape
     expect(1 <= partitions <= MAX_PARTITIONS, "route", "N", f"1 to {MAX_PARTITIONS}", partitions)
-    expect(1 <= k <= partitions, "route", "k", f"1 to N = {partitions}", k)
+    expect_count("route", "k", k, partitions, "N")
     if logits.dtype != torch.float64:
         logits = logits.float()
     probs = logits.softmax(-1)

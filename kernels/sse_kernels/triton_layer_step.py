@@ -46,6 +46,7 @@ def triton_layer_step(
 ) -> tuple[Tensor, Routing]:
     """See `sse_gla_layer_step`; the routing's ids are uint8, as a replay takes them.
 
+    An id outside 0..N-1 or given twice is skipped, and recorded as partition 0 of weight 0.
     decays: (gk1, gk2) of SSE-GLA; with `rates` (A_log, dt_bias), (a, b) of SSE-GDN. Rows of the
     inputs may lie apart, as slices of one projection do.
     """
@@ -146,19 +147,22 @@ def _inverse_norm(x, weight, UNIT_EPS: tl.constexpr, GATE_LAST: tl.constexpr):
 
 @triton.jit
 def _sweep(
-    state, v, b_o, b_q, b_k, keep, beta,
+    state, v, b_o, b_q, b_k, keep, beta, rows,
     DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BV: tl.constexpr,
     GDN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Moves one state [Dv, Dk] a token on and adds its read to b_o [DVP / BV, BV]."""
+    """Moves one state [Dv, Dk] a token on and adds its read to b_o [DVP / BV, BV].
+
+    rows: Dv, or 0 to leave everything as it is.
+    """
     i_k = tl.arange(0, DKP)
     chunk = tl.arange(0, DVP // BV)
     for c in tl.range(0, (DV + BV - 1) // BV, num_stages=STAGES):
         i_v = c * BV + tl.arange(0, BV)
-        mask = (i_v < DV)[:, None] & (i_k < DK)[None, :]
+        mask = (i_v < rows)[:, None] & (i_k < DK)[None, :]
         at = state + i_v[:, None] * DK + i_k[None, :]
         b_state = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        b_v = _silu(tl.load(v + i_v, mask=i_v < DV, other=0.0).to(tl.float32))
+        b_v = _silu(tl.load(v + i_v, mask=i_v < rows, other=0.0).to(tl.float32))
         if GDN:
             b_state *= keep
             b_v = beta * (b_v - tl.sum(b_state * b_k[None, :], axis=1))
@@ -203,7 +207,7 @@ def layer_step_kernel(
         b_k = _classify(k1 + i_b * s_k1 + head, i_k, DK, ROW_TOPK)
         keep, beta = _keep(d1 + i_b * s_d1 + head + i_k, k_mask, TEMPERATURE), 1.0
     b_o = _sweep(
-        state + row * HV * DV * DK + tile, v_at, b_o, b_q, b_k, keep, beta,
+        state + row * HV * DV * DK + tile, v_at, b_o, b_q, b_k, keep, beta, DV,
         DK, DKP, DV, DVP, BV, GDN, STAGES,
     )  # fmt: skip
 
@@ -214,13 +218,18 @@ def layer_step_kernel(
     else:
         chosen = tl.zeros([NP], tl.int32)
         for s in tl.static_range(K):
-            chosen += (i_n == tl.load(ids + i_b * s_ids + s).to(tl.int32)).to(tl.int32)
+            chosen |= (i_n == tl.load(ids + i_b * s_ids + s).to(tl.int32)).to(tl.int32)
+        chosen = tl.where(i_n < N, chosen, 0)
     place = tl.cumsum(chosen, axis=0)
     if i_h == 0:
         at = i_b * K + place - 1
         tl.store(out_ids + at, i_n.to(tl.uint8), mask=chosen > 0)
         tl.store(out_weights + at, probs, mask=chosen > 0)
         tl.store(out_probs + i_b * N + i_n, probs, mask=i_n < N)
+        if ids is not None:
+            skipped = (i_n >= tl.sum(chosen, axis=0)) & (i_n < K)
+            tl.store(out_ids + i_b * K + i_n, tl.zeros([NP], tl.uint8), mask=skipped)
+            tl.store(out_weights + i_b * K + i_n, tl.zeros([NP], tl.float32), mask=skipped)
 
     b_q = _silu(tl.load(q2 + i_b * s_q2 + head + i_k, mask=k_mask, other=0.0).to(tl.float32))
     if GDN:
@@ -236,6 +245,9 @@ def layer_step_kernel(
         this = (chosen > 0) & (place == s)
         partition = tl.sum(tl.where(this, i_n, 0), axis=0)
         w = tl.sum(tl.where(this, probs, 0.0), axis=0)
+        rows = DV
+        if ids is not None:
+            rows = tl.sum(tl.where(this, DV, 0), axis=0)
         if GDN:
             w_q = _inverse_norm(b_q, w, UNIT_EPS, GATE_LAST)
             w_k = _inverse_norm(b_k, w, UNIT_EPS, GATE_LAST)
@@ -243,7 +255,7 @@ def layer_step_kernel(
             w_q, w_k = w, w
         b_o = _sweep(
             state + (row + 1 + partition) * HV * DV * DK + tile, v_at, b_o, b_q * w_q, b_k * w_k,
-            keep, beta, DK, DKP, DV, DVP, BV, GDN, STAGES,
+            keep, beta, rows, DK, DKP, DV, DVP, BV, GDN, STAGES,
         )  # fmt: skip
 
     i_v = tl.arange(0, DVP // BV)[:, None] * BV + tl.arange(0, BV)[None, :]

@@ -120,7 +120,8 @@ class SSEConfig(PretrainedConfig):
         positive = ("hidden_size", "head_dim", "num_heads", "num_v_heads", "num_sparse_partition")
         positive += ("num_writer", "conv_size", "num_hidden_layers", "vocab_size")
         for key in positive:
-            _require(getattr(self, key) >= 1, f"{key} = {getattr(self, key)}: must be at least 1")
+            value = getattr(self, key)
+            _require(_whole(value) and value >= 1, f"{key} = {value}: must be an integer >= 1")
         n, k = self.num_sparse_partition, self.num_writer
         _require(
             self.num_reader == k,
@@ -138,8 +139,8 @@ class SSEConfig(PretrainedConfig):
         _require(kind in ("gla", "gdn"), f"linear_attn_type = {kind!r}: must be 'gla' or 'gdn'")
         if self.row_topk is not None:
             _require(
-                1 <= self.row_topk <= self.head_dim,
-                f"row_topk = {self.row_topk}: must lie in 1..head_dim = {self.head_dim}",
+                _whole(self.row_topk) and 1 <= self.row_topk <= self.head_dim,
+                f"row_topk = {self.row_topk}: must be an integer in 1..head_dim = {self.head_dim}",
             )
             _require(kind == "gla", "row_topk: only linear_attn_type = 'gla' selects rows")
         _require(
@@ -184,6 +185,10 @@ class SSEConfig(PretrainedConfig):
             window is None or window >= 1,
             f"attn.window_size = {window}: must be 1 or more, or null",
         )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition: bool, message: str) -> None:

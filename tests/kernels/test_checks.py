@@ -28,6 +28,9 @@ WRONG_TENSORS = [
     ("gla", "v", lambda x: x.repeat(1, 2, 1)[:, :3], r"a multiple of H = 2, got 3"),
     ("gla", "v", lambda x: x.long(), r"v must have a floating dtype, got torch.int64"),
     ("gla", "q2", lambda x: x.to("meta"), r"q2 must be on cpu, got meta"),
+    ("gla", "q1", lambda x: x.float(), r"k1 must be torch.float32 as q1, got torch.float64"),
+    ("gdn", "k2", lambda x: x.float(), r"k2 must be torch.float64 as q1, got torch.float32"),
+    ("gdn", "v", lambda x: x.bfloat16(), r"v must be torch.float64 as q1, got torch.bfloat16"),
     ("gdn", "beta2", lambda x: x[:, :1], r"beta2 must be \[T, Hv\] = \[6, 2\], got \[6, 1\]"),
     ("gdn", "g1", lambda x: x[..., None], r"g1 must be \[T, Hv\] = \[6, 2\], got \[6, 2, 1\]"),
 ]
@@ -95,8 +98,9 @@ def test_a_routing_that_does_not_fit_is_refused(make_case):
 @pytest.mark.parametrize(
     ("logits", "k", "message"),
     [
-        (torch.zeros(3, 4), 5, r"k must be 1 to N = 4, got 5"),
-        (torch.zeros(3, 4), 0, r"k must be 1 to N = 4, got 0"),
+        (torch.zeros(3, 4), 5, r"k must be an integer from 1 to N = 4, got 5"),
+        (torch.zeros(3, 4), 1.5, r"k must be an integer from 1 to N = 4, got 1.5"),
+        (torch.zeros(3, 4), 0, r"k must be an integer from 1 to N = 4, got 0"),
         (torch.zeros(3, 257), 1, r"N must be 1 to 256, got 257"),
         (torch.zeros(4), 1, r"logits must be shape \[T, N\], got \[4\]"),
     ],
@@ -131,6 +135,8 @@ def test_wrong_slots_and_states_are_named(variant, make_case):
         op(*args, routing, state=state, slots=torch.tensor([1]))
     with pytest.raises(TypeError, match=r"slots must be int64, got torch.int32"):
         op(*args, routing, state=state, slots=torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"k1 must be torch.float32 as q1, got torch.float64"):
+        op(args[0].float(), *args[1:], routing, state=state, slots=torch.tensor([0, 1]))
     with pytest.raises(
         ValueError, match=r"state must be \[S, \*\[5, 2, 3, 5\]\], got \[3, 4, 2, 3, 5\]"
     ):
@@ -151,6 +157,8 @@ def test_convolution_and_norm_name_their_arguments():
         gated_rms_norm(x, torch.zeros(3), eps=1e-6)
     with pytest.raises(ValueError, match=r"gate must be the shape of o = \[6, 2\], got \[6, 1\]"):
         gated_rms_norm(x, torch.zeros(2), x[:, :1], eps=1e-6)
+    with pytest.raises(ValueError, match=r"o must be shape \[..., Dv\] with Dv >= 1, got \[6, 0\]"):
+        gated_rms_norm(x[:, :0], torch.zeros(0), eps=1e-6)
 
 
 def test_the_package_needs_torch_alone():

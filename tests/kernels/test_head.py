@@ -88,6 +88,21 @@ def test_one_gradient_alone_is_the_same_as_with_the_other():
         assert torch.equal(leaves[1 - frozen].grad, both[1 - frozen])
 
 
+def test_logits_multiply_for_the_gradients_that_are_wanted_alone(monkeypatch):
+    products = []
+
+    def multiply(a, b, out):  # the CPU has no product of bf16 with sums of fp32
+        products.append(out.shape)
+        return out.copy_(a.float() @ b.float())
+
+    monkeypatch.setattr(op, "multiply", multiply)
+    hidden, weight, _ = problem(dtype=torch.bfloat16)
+    for leaves in ((hidden.detach(), weight), (hidden, weight.detach())):
+        op._Bf16Logits.apply(*leaves).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert products == [(10, 19), weight.shape, (10, 19), hidden.shape]
+
+
 def test_tied_embeddings_gather_both_gradients():
     _, weight, targets = problem()
     linear_logprob(weight[targets], weight, targets)[0].sum().backward()

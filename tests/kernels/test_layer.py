@@ -53,7 +53,9 @@ def test_a_gdn_layer_is_its_operators_one_after_the_other():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("row_topk", 5, "sse_gla_layer: row_topk must be 1 to Dk = 4, got 5"),
+        ("row_topk", 5, "sse_gla_layer: row_topk must be an integer from 1 to Dk = 4, got 5"),
+        ("row_topk", 2.5, "sse_gla_layer: row_topk must be an integer from 1 to Dk = 4, got 2.5"),
+        ("row_topk", True, "sse_gla_layer: row_topk must be an integer from 1 to Dk = 4, got True"),
         ("gate", torch.zeros(T, H), "sse_gla_layer: gate must be the shape of v"),
         ("norm_weight", torch.zeros(H * D), "sse_gla_layer: norm_weight must be"),
         ("cu_seqlens", torch.tensor([0, 3]), "sse_gla_layer: cu_seqlens must be from 0 to T = 7"),

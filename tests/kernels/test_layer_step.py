@@ -131,6 +131,25 @@ def test_recorded_partitions_replay_in_any_order(variant, step):
     assert all(torch.equal(x, y) for x, y in zip(again, found, strict=True))
 
 
+@needs_interpreter
+@pytest.mark.parametrize("variant", OPTIONS)
+def test_a_partition_that_does_not_exist_is_skipped(variant):
+    args, named = layer(variant, n=5, k=2)  # a tile of the router holds 8
+    wrong = torch.tensor([[7, 2], [-1, 300], [3, 3]])
+    o, state, ids, weights, probs = triton_form(variant, args, named | {"ids": wrong})
+    assert ids.tolist() == [[2, 0], [0, 0], [3, 0]]
+    torch.testing.assert_close(weights[:, 0], probs[[0, 1, 2], [2, 0, 3]] * torch.tensor([1, 0, 1]))
+    assert not weights[:, 1].any()
+    touched = torch.zeros(6, 6, dtype=torch.bool)
+    touched[4, [0, 3]] = touched[1, 0] = touched[5, [0, 4]] = True
+    assert torch.equal((state != named["state"]).flatten(2).any(-1), touched)
+    args, single = layer(variant, n=5, k=2)
+    right = triton_form(variant, args, single | {"k": 1, "ids": torch.tensor([[2], [0], [3]])})
+    for b in (0, 2):
+        assert torch.equal(o[b], right[0][b])
+    assert o.isfinite().all()
+
+
 @forms
 def test_equal_logits_and_equal_keys_choose_the_lowest(step):
     args, named = layer("gla", n=6, k=2)
@@ -167,7 +186,8 @@ def test_a_layer_without_a_gate_is_only_normed(variant, step):
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("k", 5, "k must be 1 to N = 4, got 5"),
+        ("k", 5, "k must be an integer from 1 to N = 4, got 5"),
+        ("k", 1.0, "k must be an integer from 1 to N = 4, got 1.0"),
         ("norm_weight", torch.ones(3), r"norm_weight must be \[Dv\] = \[16\], got \[3\]"),
         ("gate", torch.ones(3, 2, 8), r"gate must be the shape of v = \[3, 2, 16\]"),
         ("ids", torch.tensor([[0], [1], [4]]), r"ids must be in 0..3, got 0..4"),

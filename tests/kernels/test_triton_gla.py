@@ -43,6 +43,23 @@ def test_decays_beyond_one_exponent_stay_exact(make_case, difference):
     assert_agrees(case, difference)
 
 
+def test_inputs_of_several_dtypes_are_read_in_the_widest(make_case, difference):
+    shape = {"heads": 1, "dk": 16, "dv": 16, "partitions": 2}
+    case = make_case("gla", [3, 5], dtype=torch.float32, **shape)
+    for name in ("q1", "k1", "v"):  # in fp32 nothing is lost, in bf16 q2 and k2 would be
+        case.tokens[name] = case.tokens[name].bfloat16()
+    for name in ("g1", "g2"):
+        case.tokens[name] = case.tokens[name].double()
+    with torch.no_grad():
+        found, exact = (
+            case.forward(triton_sse_gla),
+            case.to(torch.float64).forward(case.form("naive")),
+        )
+    assert found[0].dtype == torch.bfloat16
+    assert max(difference({"state": found[1]}, {"state": exact[1]}).values()) < TOLERANCE
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=4e-3, atol=1e-6)  # o's rounding
+
+
 def test_packed_equals_alone_to_the_bit(make_case):
     shape = {"heads": 1, "dk": 16, "dv": 16, "partitions": 2}
     case = make_case("gla", [3, 66], dtype=torch.float32, **shape)

@@ -142,6 +142,8 @@ def test_decays_start_in_the_range_of_mamba(tiny_config):
         ({"num_v_heads": 7}, "num_v_heads"),
         ({"linear_attn_type": "mamba"}, "linear_attn_type"),
         ({"row_topk": 300}, "row_topk"),
+        ({"row_topk": 2.5}, "row_topk"),
+        ({"num_writer": 1.0, "num_reader": 1.0}, "num_writer"),
         ({"row_topk": 4, "linear_attn_type": "gdn"}, "row_topk"),
         ({"gate_after_norm": True}, "gate_after_norm"),
         ({"use_q_softmax": True}, "use_q_softmax"),

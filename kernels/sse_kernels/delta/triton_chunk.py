@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import kernel_dtype
 from ..gla.triton_shapes import empty_final, gla_shapes
 from ..routing import Routing
 from ..routing_plan import routing_plan
@@ -35,13 +36,14 @@ def triton_sse_gdn(
     """
     partitions = routing.probs.shape[1]
     plan = routing_plan(routing.ids, cu_seqlens, partitions)
-    dtype = torch.promote_types(torch.promote_types(q1.dtype, k1.dtype), v.dtype)
+    dtype = kernel_dtype(q1, k1, q2, k2, v)
     tokens = [x.to(dtype).contiguous() for x in (q1, k1, q2, k2, v)]
-    gates = [x.contiguous() for x in (g1, beta1, g2, beta2)]
+    gates = [x.to(kernel_dtype(x)).contiguous() for x in (g1, beta1, g2, beta2)]
+    weights = routing.weights.to(kernel_dtype(routing.weights)).contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     o, final_state = _gdn(
-        *tokens, *gates, routing.weights.contiguous(), *plan, partitions, initial_state,
+        *tokens, *gates, weights, *plan, partitions, initial_state,
         output_final_state, gate_after_norm,
     )  # fmt: skip
     return o.to(v.dtype), final_state if output_final_state else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import kernel_dtype
 from ..routing import Routing
 from ..routing_plan import routing_plan
 from .triton_backward import gla_backward
@@ -32,13 +33,14 @@ def triton_sse_gla(
     """
     partitions = routing.probs.shape[1]
     plan = routing_plan(routing.ids, cu_seqlens, partitions)
-    dtype = torch.promote_types(torch.promote_types(q1.dtype, k1.dtype), v.dtype)
+    dtype = kernel_dtype(q1, k1, q2, k2, v)
     tokens = [x.to(dtype).contiguous() for x in (q1, k1, q2, k2, v)]
-    decays = [x.to(torch.promote_types(g1.dtype, g2.dtype)).contiguous() for x in (g1, g2)]
+    decays = [x.to(kernel_dtype(g1, g2)).contiguous() for x in (g1, g2)]
+    weights = routing.weights.to(kernel_dtype(routing.weights)).contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     o, final_state = _gla(
-        *tokens, *decays, routing.weights.contiguous(), *plan, partitions, initial_state,
+        *tokens, *decays, weights, *plan, partitions, initial_state,
         output_final_state,
     )  # fmt: skip
     return o.to(v.dtype), final_state if output_final_state else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import kernel_dtype
 from ..routing import Routing
 from ..routing_plan import routing_plan
 from ..triton_norm import norm_backward, norm_forward
@@ -38,13 +39,14 @@ def triton_sse_gla_layer(
     """
     partitions = routing.probs.shape[1]
     plan = routing_plan(routing.ids, cu_seqlens, partitions)
-    dtype = torch.promote_types(torch.promote_types(q1.dtype, k1.dtype), v.dtype)
+    dtype = kernel_dtype(q1, k1, q2, k2, v)
     tokens = [x.to(dtype).contiguous() for x in (q1, k1, q2, k2, v)]
-    decays = [x.to(torch.promote_types(gk1.dtype, gk2.dtype)).contiguous() for x in (gk1, gk2)]
+    decays = [x.to(kernel_dtype(gk1, gk2)).contiguous() for x in (gk1, gk2)]
+    weights = routing.weights.to(kernel_dtype(routing.weights)).contiguous()
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     y, _, final_state = _layer(
-        *tokens, *decays, routing.weights.contiguous(), *plan, norm_weight.contiguous(),
+        *tokens, *decays, weights, *plan, norm_weight.contiguous(),
         None if gate is None else gate.contiguous(), initial_state,
         partitions, row_topk or 0, eps, output_final_state, torch.is_grad_enabled(),
     )  # fmt: skip

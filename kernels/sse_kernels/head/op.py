@@ -138,10 +138,15 @@ class _Bf16Logits(torch.autograd.Function):
         return multiply(hidden.bfloat16(), weight.bfloat16().t(), out)
 
     @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
         d = dlogits.bfloat16()
-        dhidden, dweight = (x.new_empty(x.shape, dtype=torch.float32) for x in (hidden, weight))
-        multiply(d, weight.bfloat16(), dhidden)
-        multiply(d.t(), hidden.bfloat16(), dweight)
-        return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
+
+        def gradient(wanted: bool, a: Tensor, b: Tensor, x: Tensor) -> Tensor | None:
+            if not wanted:
+                return None
+            return multiply(a, b.bfloat16(), x.new_empty(x.shape, dtype=torch.float32)).to(x.dtype)
+
+        wants_hidden, wants_weight = ctx.needs_input_grad
+        dhidden = gradient(wants_hidden, d, weight, hidden)
+        return dhidden, gradient(wants_weight, d.t(), hidden, weight)
