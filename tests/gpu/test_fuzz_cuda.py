@@ -49,10 +49,10 @@ def draws(count: int) -> Iterator[Draw]:
             h=rng.choice([1, 2, 3]),
             group=rng.choice([1, 2]),
             dk=(32, 64, 128, 256)[seed % 4],
-            dv=(200, 48, 64, 128, 32, 256)[seed % 6],
+            dv=(200, 48, 64, 128, 32, 256)[seed // 2 % 6],
             n=n,
             k=rng.randint(1, min(n, 4)),
-            choice=("random", "one", "replay")[seed % 3],
+            choice=("random", "one", "replay")[seed // 3 % 3],
             resumed=rng.random() < 0.7,
             dtype=(torch.bfloat16, torch.float32, torch.bfloat16, torch.float16)[seed // 2 % 4],
         )
@@ -110,11 +110,13 @@ def results(draw: Draw, form, leaves: dict[str, Tensor], **options) -> dict[str,
     return {"o": o.detach(), "state": state.detach(), **named}
 
 
-@pytest.mark.parametrize("draw", draws(8), ids=lambda draw: str(draw.seed))
-@pytest.mark.parametrize(
-    ("variant", "options"), [("gla", {}), ("gdn", {}), ("gdn", {"gate_after_norm": True})]
-)
-def test_any_call_gives_the_numbers_of_fp64(variant, options, draw):
+# Every draw compiles kernels of its own, so each is given to one operator alone.
+OPERATORS = [("gla", {}), ("gdn", {}), ("gdn", {"gate_after_norm": True})]
+
+
+@pytest.mark.parametrize("draw", draws(12), ids=lambda draw: str(draw.seed))
+def test_any_call_gives_the_numbers_of_fp64(draw):
+    variant, options = OPERATORS[draw.seed % 3]
     leaves = leaves_of(draw, variant)
     double = {name: x.double() for name, x in leaves.items()}
     exact = results(draw, getattr(sse_kernels, f"chunk_sse_{variant}"), double, **options)

@@ -95,6 +95,20 @@ def test_states_go_in_and_out_with_their_gradients():
         assert float((x.double() - y).norm() / y.norm()) < 1e-5
 
 
+def test_inputs_of_several_dtypes_are_read_in_the_widest():
+    leaves, cu_seqlens = problem([70], 1, 64, 4)
+    wide = [leaves[0], leaves[1], *(x.double() for x in leaves[2:])]
+    with pytest.raises(ValueError, match=r"q2 must be torch.bfloat16 as q1, got torch.float64"):
+        results(sse_kernels.sse_gdn, wide, cu_seqlens, 1)
+    for i in (2, 3):  # q2 and k2 hold more than bf16 does
+        leaves[i] = leaves[i].float() * 1.001
+    exact = results(sse_kernels.chunk_sse_gdn, [x.double() for x in leaves], cu_seqlens, 1)
+    found = results(sse_kernels.sse_gdn, leaves, cu_seqlens, 1)
+    for name, x, y in zip(NAMES, found, exact, strict=True):
+        error = float((x.double() - y).norm() / y.norm())
+        assert error < (3e-3 if x.dtype == torch.bfloat16 else 1e-5), (name, error)
+
+
 def test_runs_and_packings_are_equal_to_the_bit():
     leaves, cu_seqlens = problem([130, 63, 257], 2, 128, 4)
     first = results(sse_kernels.sse_gdn, leaves, cu_seqlens, 1)

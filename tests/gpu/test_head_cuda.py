@@ -91,6 +91,16 @@ def test_logits_are_fp32_and_have_gradients():
     )
 
 
+def test_a_frozen_weight_costs_logits_no_gradient():
+    hidden, weight, _ = problem(8, vocabulary=262144)
+    logits = linear_logits(hidden, weight.detach())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logits.backward(torch.ones_like(logits))
+    extra = torch.cuda.max_memory_allocated() - before
+    assert hidden.grad is not None and extra < weight.numel() * 4 / 4
+
+
 def test_under_autocast_fp32_weights_multiply_in_bf16_and_get_fp32_gradients():
     hidden, weight, targets = problem(70, dtype=torch.float32)
     with torch.autocast("cuda", torch.bfloat16):
