@@ -40,8 +40,10 @@ def paged_attention(
     """
     op = "paged_attention"
     _check(op, q, k_pages, v_pages, block_table, context_lens, cu_seqlens)
-    expect(window is None or window >= 1, op, "window", "at least 1 or None", window)
-    expect(split >= 128 and split % 128 == 0, op, "split", "a multiple of 128", split)
+    counts = window is None or (isinstance(window, int) and window >= 1)
+    expect(counts, op, "window", "an integer of at least 1 or None", window)
+    fits = isinstance(split, int) and split >= 128 and split % 128 == 0
+    expect(fits, op, "split", "a multiple of 128", split)
     lengths = {"context_lens": context_lens, "cu_seqlens": cu_seqlens}
     if not triton_serves(q):
         return naive_paged_attention(q, k_pages, v_pages, block_table, **lengths, window=window)
