@@ -55,7 +55,7 @@ def test_errors_stay_at_the_rounding_of_bf16(h, value_heads, d, n, k, steep):
 
 
 def test_inputs_of_several_dtypes_are_read_in_the_widest():
-    leaves, cu_seqlens = problem([70], 1, 64, 4)
+    leaves, cu_seqlens = problem([100, 200], 1, 128, 4)
     wide = [leaves[0], leaves[1], *(x.double() for x in leaves[2:])]
     with pytest.raises(ValueError, match=r"q2 must be torch.bfloat16 as q1, got torch.float64"):
         results(sse_kernels.sse_gla, wide, cu_seqlens, 1)
