@@ -24,7 +24,7 @@ KERNELS = {
     "rotate": triton_rotate.rotate_kernel,
 }
 _TYPES = {
-    "scale": "fp32", "B": "i32", "P": "i32", "parts": "i32", "room": "i32",
+    "scale": "fp32", "T": "i32", "B": "i32", "P": "i32", "parts": "i32", "room": "i32",
     "stride": "i32", "q_row": "i32", "k_row": "i32", "v_row": "i32",
     "part": "*fp32", "norm": "*fp32", "frequency": "*fp32",
     "block_table": "*i64", "context_lens": "*i64", "cu_seqlens": "*i64",

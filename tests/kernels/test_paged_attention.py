@@ -143,6 +143,15 @@ def test_a_sequence_without_room_in_its_table_gives_nan_and_writes_nothing(
 
 
 @needs_interpreter
+def test_sequences_end_where_the_tokens_do():
+    (q, *pages, table), options = case([5, 20], [3, 4])
+    right = triton_paged_attention(q, *pages, table, **options, split=128, tile=SMALL)
+    options["cu_seqlens"] = torch.tensor([0, 3, 500])
+    found = triton_paged_attention(q, *pages, table, **options, split=128, tile=SMALL)
+    assert torch.equal(found, right)
+
+
+@needs_interpreter
 def test_frequencies_made_while_a_graph_is_captured_are_not_kept(monkeypatch):
     made = lambda: triton_rotate._frequencies(16, 123.0, torch.device("cuda"))
     monkeypatch.setattr(triton_rotate, "_kept", {})

@@ -92,8 +92,8 @@ def triton_paged_attention(
     width_pow2 = max(triton.next_power_of_2(width), 16)
     paged_attention_kernel[(tiles * kv_heads, parts)](
         q, k_pages, v_pages, o, part, norm, block_table, context_lens, cu_seqlens,
-        width**-0.5 * math.log2(math.e), block_table.stride(0), len(context_lens), pages, room,
-        parts,
+        width**-0.5 * math.log2(math.e), block_table.stride(0), tokens, len(context_lens), pages,
+        room, parts,
         G=heads // kv_heads, GP=group, HKV=kv_heads, D=width, DP=width_pow2, PAGE=page,
         BQ=queries, BM=max(queries * group, tile.rows), BN=tile.keys, NP=columns, SPAN=span,
         WINDOW=window or 0, SPLIT=split if decode else 0, SEVERAL=several,
@@ -114,10 +114,10 @@ def _parts(keys: int, window: int | None, split: int) -> int:
     return most if window is None else min(most, -(-(window - 1) // split) + 1)
 
 
-@triton.jit(do_not_specialize=["stride", "B", "P", "room", "parts"])
+@triton.jit(do_not_specialize=["stride", "T", "B", "P", "room", "parts"])
 def paged_attention_kernel(
     q, k_pages, v_pages, o, part, norm, block_table, context_lens, cu_seqlens,
-    scale, stride, B, P, room, parts,
+    scale, stride, T, B, P, room, parts,
     G: tl.constexpr, GP: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -128,8 +128,8 @@ def paged_attention_kernel(
         i_b, start, begin, length = i_tile, i_tile, 0, 1
     else:
         i_b = sequence_of(cu_seqlens, i_tile, B, BQ)
-        start = tl.load(cu_seqlens + i_b).to(tl.int32)
-        length = tl.load(cu_seqlens + i_b + 1).to(tl.int32) - start
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_b), 0), T).to(tl.int32)
+        length = tl.minimum(tl.load(cu_seqlens + i_b + 1), T).to(tl.int32) - start
         begin = (i_tile - start // BQ - i_b) * BQ
         if begin >= length:
             return
