@@ -165,7 +165,8 @@ def paged_attention_kernel(
             if PAGE % BN == 0:
                 page = tl.sum(tl.where(i_p == j // PAGE - span // PAGE, pages, 0), axis=0)
             else:
-                page = tl.gather(pages, n // PAGE - span // PAGE, axis=0)
+                mine = i_p[None, :] == (n // PAGE - span // PAGE)[:, None]
+                page = tl.sum(tl.where(mine, pages[None, :], 0), axis=1)
             inside = n < high
             at = ((page.to(tl.int64) * PAGE + n % PAGE) * HKV + i_h) * D
             inner = inside[None, :] & (i_d < D)[:, None]
