@@ -84,8 +84,8 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         "RAW": True, "TOPK": 0, "PRECISION": "tf32", "EPS": NORM_EPS, "GATE_LAST": False,
         "DVP": width, "NP": 4, "BETA_SCALE": 1.0, "TEMPERATURE": 16, "UNIT_EPS": NORM_EPS,
         "STAGES": blocks.stages, "D": 16 * width, "NB": 4, "DB": 512, "KEYS": 16 * width,
-        "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 16, "W": 4,
-        "BM": 16, "BN": blocks.k, "BLOCK": VOCAB_BLOCK,
+        "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 64, "W": 4,
+        "WP": 4, "BM": 32, "BN": blocks.k, "CM": 4, "BLOCK": VOCAB_BLOCK,
     }  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):

@@ -16,8 +16,8 @@ from .block_sizes import block_sizes
 from .gla.triton_shapes import dot_precision
 from .layer_inputs import InputWeights, LayerInputs
 
-_ROWS = 16
-"""Tokens of a tile: the fewest that tensor cores take, whatever the batch."""
+_ROWS, _WINDOWS = 32, 4
+"""Tokens of a tile of products and of one of the convolution, whatever the batch."""
 _CHANNELS = 512
 """Of x, that a program of the router reads at once."""
 
@@ -51,17 +51,19 @@ def layer_inputs_step(
     values = projected.shape[1] - 2 * keys - 2 * rank - rates - gate_rank
     conv_width = 0 if weights.conv is None else weights.conv[0].shape[2]
     widths = [keys, keys] + [keys, keys] * bool(decay_rank) + [values] * bool(gate_rank)
-    widths += [keys, keys] * bool(conv_width)
-    expanded = projected.new_empty(batch, sum(widths))
+    convolved = [keys, keys] * bool(conv_width)
+    expanded = projected.new_empty(batch, sum(widths + convolved))
     partitions = len(weights.router)
     logits = torch.empty(batch, partitions, dtype=torch.float32, device=x.device)
     block_n = min(triton.next_power_of_2(partitions), 8)
     w1, b1, w2, b2 = weights.decays or (None,) * 4
-    routed = batch * triton.cdiv(partitions, block_n)
     blocks = block_sizes("layer_inputs", projected, keys // h)
-    tiles = sum(triton.cdiv(width, blocks.k) for width in widths) * triton.cdiv(batch, _ROWS)
+    programs = batch * triton.cdiv(partitions, block_n)
+    for group, height in ((widths, _ROWS), (convolved, _WINDOWS)):
+        columns = sum(triton.cdiv(width, blocks.k) for width in group)
+        programs += columns * triton.cdiv(batch, height)
     if batch:
-        layer_inputs_kernel[(routed + tiles,)](
+        layer_inputs_kernel[(programs,)](
             x, weights.router, logits, projected, expanded,
             weights.lora_q, weights.lora_k, w1, w2, b1, b2, weights.gate,
             *(weights.conv or (None, None)), *(windows or (None, None)), slots, batch,
@@ -69,11 +71,12 @@ def layer_inputs_step(
             D=x.shape[1], N=partitions, NB=block_n,
             DB=min(triton.next_power_of_2(x.shape[1]), _CHANNELS),
             KEYS=keys, VALUES=values, R=rank, RATES=rates, DR=decay_rank, W=conv_width,
-            RP=max(triton.next_power_of_2(rank), 16),
-            DRP=max(triton.next_power_of_2(decay_rank), 16),
-            BM=_ROWS, BN=blocks.k, PRECISION=dot_precision(projected), num_warps=blocks.warps,
+            RP=max(triton.next_power_of_2(rank), 64), WP=triton.next_power_of_2(conv_width),
+            DRP=max(triton.next_power_of_2(decay_rank), 64),
+            BM=_ROWS, CM=_WINDOWS, BN=blocks.k, PRECISION=dot_precision(projected),
+            num_warps=blocks.warps,
         )  # fmt: skip
-    rows = iter(expanded.split(widths, -1))
+    rows = iter(expanded.split(widths + convolved, -1))
     q, k, v, _ = projected.split([keys, keys, values, projected.shape[1] - 2 * keys - values], -1)
     q2, k2 = next(rows), next(rows)
     if decay_rank:
@@ -117,27 +120,29 @@ def _expand(
 @triton.jit
 def _convolve(
     x, weight, window, slots, out, s_p, s_out, i_m, i_n, B, S,
-    WIDTH: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDTH: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out = the newest output of the convolution; the window moves on."""
     rows, columns = i_m * BM + tl.arange(0, BM).to(tl.int64), i_n * BN + tl.arange(0, BN)
-    mask = (rows < B)[:, None] & (columns < WIDTH)[None, :]
+    tap, inside = tl.arange(0, WP), columns < WIDTH
+    mask = (rows < B)[:, None] & inside[None, :]
     slot = tl.load(slots + rows, mask=rows < B, other=0)
     slot = tl.minimum(tl.maximum(slot, 0), S - 1)
-    past = window + (slot[:, None] * WIDTH + columns[None, :]) * (W - 1)
-    taps, now = weight + columns * W, rows[:, None] * s_p + columns[None, :]
-    y = tl.zeros([BM, BN], tl.float32)
-    for i in tl.static_range(W):
-        if i < W - 1:
-            b_x = tl.load(past + i, mask=mask, other=0.0)
-        else:
-            b_x = tl.load(x + now, mask=mask, other=0.0)
-        if i > 0:
-            tl.store(past + i - 1, b_x.to(window.dtype.element_ty), mask=mask)
-        b_tap = tl.load(taps + i, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        y += b_x.to(tl.float32) * b_tap[None, :]
+    past = window + (slot[:, None] * WIDTH + columns[None, :])[:, :, None] * (W - 1) + tap
+    b_x = tl.load(x + rows[:, None] * s_p + columns[None, :], mask=mask, other=0.0)
+    b_past = tl.load(past, mask=mask[:, :, None] & (tap < W - 1), other=0.0)
+    b_past = tl.where(tap == W - 1, b_x[:, :, None], b_past.to(b_x.dtype))
+    b_weight = tl.load(
+        weight + columns[:, None] * W + tap[None, :],
+        mask=inside[:, None] & (tap < W)[None, :],
+        other=0.0,
+    )
+    y = tl.sum(b_past.to(tl.float32) * b_weight.to(tl.float32)[None, :, :], axis=2)
     at = out + rows[:, None] * s_out + columns[None, :]
     tl.store(at, y.to(out.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # another thread may have to read first what this one overwrites
+    keep = mask[:, :, None] & (tap > 0) & (tap < W)
+    tl.store(past - 1, b_past.to(window.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -162,14 +167,15 @@ def layer_inputs_kernel(
     conv_q, conv_k, window_q, window_k, slots, B, S, s_x, s_p,
     D: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, DB: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr, R: tl.constexpr, RATES: tl.constexpr, DR: tl.constexpr, W: tl.constexpr,
-    RP: tl.constexpr, DRP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RP: tl.constexpr, DRP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CM: tl.constexpr,
+    WP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NN: tl.constexpr = (N + NB - 1) // NB
     NK: tl.constexpr = (KEYS + BN - 1) // BN
     GLA: tl.constexpr = 1 if DR > 0 else 0
     GATE: tl.constexpr = 1 if gate is not None else 0
     NV: tl.constexpr = GATE * ((VALUES + BN - 1) // BN)
+    NE: tl.constexpr = (2 + 2 * GLA) * NK + NV
     LOW: tl.constexpr = 2 * KEYS + VALUES
     DECAYS: tl.constexpr = 2 * KEYS
     GATES: tl.constexpr = DECAYS + GLA * 2 * KEYS
@@ -182,6 +188,22 @@ def layer_inputs_kernel(
         return
     tiles = (B + BM - 1) // BM
     i_m, i = (pid - B * NN) % tiles, (pid - B * NN) // tiles
+    if i >= NE:
+        if W > 0:
+            i = pid - B * NN - NE * tiles
+            tiles = (B + CM - 1) // CM
+            i_m, i = i % tiles, i // tiles
+            if i < NK:
+                _convolve(
+                    projected, conv_q, window_q, slots, out + CONV, s_p, s_out, i_m, i, B, S,
+                    KEYS, W, WP, CM, BN,
+                )  # fmt: skip
+            else:
+                _convolve(
+                    projected + KEYS, conv_k, window_k, slots, out + CONV + KEYS, s_p, s_out,
+                    i_m, i - NK, B, S, KEYS, W, WP, CM, BN,
+                )  # fmt: skip
+        return
     low = projected + LOW
     if i < NK:
         _expand(
@@ -206,21 +228,9 @@ def layer_inputs_kernel(
                 KEYS, DR, DRP, BM, BN, PRECISION,
             )  # fmt: skip
         i -= 2 * NK
-    if GATE:
-        if (i >= 0) & (i < NV):
+    if GATE:  # noqa: SIM102 (a compile-time condition, then one of the device)
+        if i >= 0:
             _expand(
                 low + 2 * R + RATES, gate, None, None, out + GATES, s_p, s_out, i_m, i, B,
                 VALUES, R, RP, BM, BN, PRECISION,
-            )  # fmt: skip
-        i -= NV
-    if W > 0:
-        if (i >= 0) & (i < NK):
-            _convolve(
-                projected, conv_q, window_q, slots, out + CONV, s_p, s_out, i_m, i, B, S,
-                KEYS, W, BM, BN,
-            )  # fmt: skip
-        if i >= NK:
-            _convolve(
-                projected + KEYS, conv_k, window_k, slots, out + CONV + KEYS, s_p, s_out,
-                i_m, i - NK, B, S, KEYS, W, BM, BN,
             )  # fmt: skip
