@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 
 import triton
-from sse_kernels import triton_layer_inputs, triton_layer_step
+from sse_kernels import triton_conv, triton_layer_inputs, triton_layer_step
 from sse_kernels.block_sizes import Blocks, blocks_for
 from sse_kernels.delta import triton_backward as delta_backward
 from sse_kernels.delta import triton_dqk as delta_dqk
@@ -52,31 +52,49 @@ KERNELS = {
     "gdn_step": delta_step.gdn_step_kernel,
     "layer_step": triton_layer_step.layer_step_kernel,
     "layer_inputs": triton_layer_inputs.layer_inputs_kernel,
+    "conv_fwd": triton_conv.conv_fwd_kernel,
+    "conv_bwd": triton_conv.conv_bwd_kernel,
     "head_reduce": head_rows.head_reduce_kernel,
     "head_differentiate": head_rows.head_differentiate_kernel,
 }
 HEAD = Blocks(0, 0, head_rows.WARPS, 1)
-_INTEGERS = {"T", "B", "M", "S", "COLUMNS"}
-_ABSENT = {"initial_state", "final_state", "dfinal", "dinitial", "a_log", "dt_bias", "ROW_TOPK"}
+CONV = Blocks(0, 0, 4, 3)
+_INTEGERS = {"T", "B", "M", "S", "COLUMNS", "tokens", "channels", "sequences", "steps"}
+_ABSENT = {
+    "initial",
+    "initial_state",
+    "final_state",
+    "dfinal",
+    "dinitial",
+    "a_log",
+    "dt_bias",
+    "ROW_TOPK",
+}
 _ABSENT_IN = {
     "gdn_fwd": {"states", "errors"},
     "gdn_states": {"shared", "sparse"},
 }
 _FP32 = {
     "g1", "g2", "weights", "scales", "norms", "dw", "state",
-    "z", "stats", "chosen", "lse", "entropy", "dlogprob", "dentropy",
+    "z", "stats", "dweight", "chosen", "lse", "entropy", "dlogprob", "dentropy",
 }  # fmt: skip
 _FP32_OF_GDN = {
     "shared", "g1", "g2", "beta1", "beta2", "factors", "decays", "dg1", "dg2", "dbeta1", "dbeta2",
 }  # fmt: skip
 _INDEX = {"rows": "*i32", "segments": "*i32", "chunks": "*i32"}
-_INDEX |= {"ids": "*i64", "slots": "*i64", "targets": "*i64", "lowest": "*i64"}
+_INDEX |= {
+    "cu_seqlens": "*i64",
+    "ids": "*i64",
+    "slots": "*i64",
+    "targets": "*i64",
+    "lowest": "*i64",
+}
 
 
 def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     """Compile with the block sizes that this GPU generation would take."""
-    kernel, blocks = KERNELS[name], HEAD
-    if not name.startswith("head"):
+    kernel, blocks = KERNELS[name], CONV if name.startswith("conv") else HEAD
+    if not name.startswith(("head", "conv")):
         blocks = blocks_for(name, width, capability // 10)
     constants = {
         "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
@@ -86,6 +104,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
         "STAGES": blocks.stages, "D": 16 * width, "NB": 4, "DB": 512, "KEYS": 16 * width,
         "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 64, "W": 4,
         "WP": 4, "BM": 32, "BN": blocks.k, "CM": 4, "BLOCK": VOCAB_BLOCK,
+        "BT": triton_conv.TOKENS, "BC": triton_conv.CHANNELS, "TILES": triton_conv.TILES,
     }  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -94,7 +113,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
             constexprs[(i,)] = constants.get(argument)
         elif argument in _INTEGERS or argument.startswith("s_"):
             signature[argument] = "i32"
-            if argument.startswith("s_"):
+            if argument.startswith("s_") or argument == "channels":
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif argument in ("eps", "inverse_temperature"):
             signature[argument] = "fp32"

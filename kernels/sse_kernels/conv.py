@@ -31,6 +31,15 @@ def causal_conv(
         shape = (batch, channels, past)
         expect_tensor(op, "initial", initial, "[B, C, W-1]", shape, x.device)
 
+    if x.is_cuda and x.dtype != torch.float64 and not _carries_gradients(x, initial, output_final):
+        try:
+            from .triton_conv import triton_causal_conv
+        except ImportError:
+            pass
+        else:
+            return triton_causal_conv(
+                x, weight, cu_seqlens=cu_seqlens, initial=initial, output_final=output_final
+            )
     # Every sequence is laid out behind W-1 rows of its past, so that windows are plain slices.
     dtype = compute_dtype(x)
     sequence = torch.repeat_interleave(cu_seqlens.diff(), output_size=len(x))
@@ -63,6 +72,12 @@ def causal_conv_step(x: Tensor, weight: Tensor, *, state: Tensor, slots: Tensor)
     window = torch.cat([state[slots].to(dtype), x.to(dtype)[:, :, None]], dim=-1)
     state[slots] = window[:, :, 1:].to(state.dtype)
     return _window_sum(window.unbind(-1), weight.to(dtype)).to(x.dtype)
+
+
+def _carries_gradients(x: Tensor, initial: Tensor | None, output_final: bool) -> bool:
+    """Whether gradients go through what is carried from piece to piece: torch's form has them."""
+    wanted = (initial is not None and initial.requires_grad) or (output_final and x.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
 def _window_sum(window: list[Tensor] | tuple[Tensor, ...], weight: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _empty_plan(ids: Tensor, cu_seqlens: Tensor, partitions: int) -> tuple[Tenso
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def plan_member_kernel(
     ids, member, tokens, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -120,7 +120,7 @@ def _load_bound(cu_seqlens, b, tokens, mask):
     return tl.minimum(tl.maximum(bound, 0), tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tokens"])
 def plan_segments_kernel(
     cu_seqlens, member, segments, sequences, tokens,
     N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -142,7 +142,7 @@ def plan_segments_kernel(
 
 
 @triton.jit
-def _upper_bound(sorted_values, x, size, steps):
+def upper_bound(sorted_values, x, size, steps):
     """Index of the first of `size` rising values above x."""
     low = tl.zeros_like(x)
     high = low + size
@@ -155,7 +155,16 @@ def _upper_bound(sorted_values, x, size, steps):
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "sequences",
+        "tokens",
+        "chunk_count",
+        "row_blocks",
+        "sequence_steps",
+        "segment_steps",
+    ]
+)
 def plan_rows_kernel(
     ids, cu_seqlens, member, segments, rows, chunks,
     sequences, tokens, chunk_count, row_blocks, sequence_steps, segment_steps,
@@ -167,7 +176,7 @@ def plan_rows_kernel(
     if pid < row_blocks:
         t = pid * BLOCK + tl.arange(0, BLOCK)
         inside = t < tokens
-        b = tl.minimum(_upper_bound(cu_seqlens + 1, t, sequences, sequence_steps), sequences - 1)
+        b = tl.minimum(upper_bound(cu_seqlens + 1, t, sequences, sequence_steps), sequences - 1)
         start = _load_bound(cu_seqlens, b, tokens, inside)
         _place(rows, segments, b, t - start, t, total, chunk_count, inside, CHUNK)
         for j in range(K):
@@ -181,7 +190,7 @@ def plan_rows_kernel(
             _place(rows, segments, segment, rank, row, total, chunk_count, inside, CHUNK)
     else:
         m = (pid - row_blocks) * BLOCK + tl.arange(0, BLOCK)
-        s = _upper_bound(segments + total, m, total, segment_steps)
+        s = upper_bound(segments + total, m, total, segment_steps)
         tl.store(chunks + m, tl.where(s < total, s, -1), mask=m < chunk_count)
 
 

@@ -113,7 +113,7 @@ def _backward(ctx, dy: Tensor):
 _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_fwd_kernel(
     slots, weight, gate, y, o, rows, eps,
     S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
@@ -136,7 +136,7 @@ def norm_fwd_kernel(
     tl.store(y + tile, x.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_bwd_kernel(
     o, weight, gate, dy, do, dweight, dgate, rows, eps,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,

@@ -31,7 +31,7 @@ def _(logits: Tensor, k: int) -> Tensor:
     return logits.new_empty(logits.shape[0], k, dtype=torch.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def top_partitions_kernel(
     logits, ids, T, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 from sse_kernels import causal_conv, causal_conv_step
 from torch.nn.functional import conv1d, pad
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
 LENGTHS = [1, 63, 0, 2, 64, 3, 65, 130]
 CHANNELS = 6
 
@@ -84,3 +86,49 @@ def test_a_window_can_be_carried_over_any_cut():
         outputs.append(y)
     assert torch.equal(torch.cat(outputs), whole)
     assert torch.equal(window, final)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_the_kernels_are_the_convolution_and_its_gradients(width, dtype):
+    triton_causal_conv = pytest.importorskip("sse_kernels.triton_conv").triton_causal_conv
+    x, weight, initial, cu_seqlens = (
+        t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE) for t in inputs(width)
+    )
+    carried = {"cu_seqlens": cu_seqlens, "initial": initial, "output_final": True}
+    y, final = triton_causal_conv(x, weight, **carried)
+    wide = {**carried, "initial": initial.double()}
+    expected, ends = causal_conv(x.double(), weight.double(), **wide)
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(final.double(), ends)
+
+    alone = {"cu_seqlens": cu_seqlens, "initial": None, "output_final": False}
+    dy = torch.randn_like(x)
+    found, wanted = [], []
+    for form, leaves, gradients in (
+        (triton_causal_conv, (x.clone(), weight.clone()), found),
+        (causal_conv, (x.double(), weight.double()), wanted),
+    ):
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y, final = form(*leaves, **alone)
+        assert final is None
+        gradients += [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+    tolerance = 4e-6 if dtype == torch.float32 else 8e-3
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_the_kernels_take_no_channels_or_tokens():
+    triton_causal_conv = pytest.importorskip("sse_kernels.triton_conv").triton_causal_conv
+    cu_seqlens = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    initial = torch.randn(2, 5, 3, device=DEVICE)
+    x, weight = initial.new_empty(0, 5), torch.randn(5, 1, 4, device=DEVICE)
+    carried = {"cu_seqlens": cu_seqlens, "initial": initial, "output_final": True}
+    y, final = triton_causal_conv(x, weight, **carried)
+    assert y.shape == x.shape and torch.equal(final, initial)
+    for leaf in (x, weight):
+        leaf.requires_grad_()
+    y, _ = triton_causal_conv(x, weight, cu_seqlens=cu_seqlens, initial=None, output_final=False)
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), (x, weight)))

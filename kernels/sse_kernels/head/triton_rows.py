@@ -38,7 +38,7 @@ def differentiate(
 TRITON = Rows(reduce, differentiate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def head_reduce_kernel(
     z, targets, stats, chosen, inverse_temperature, T, COLUMNS, BLOCK: tl.constexpr
 ):  # fmt: skip
