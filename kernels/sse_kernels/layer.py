@@ -1,12 +1,9 @@
 """An SSE layer between its projections over packed sequences: activations, states, norm, gate.
 
-On CUDA SSE-GLA's is one operator of few kernels; elsewhere the composition of this package's
-functions.
+On CUDA one operator of few kernels; elsewhere the composition of this package's functions.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,8 +47,8 @@ def sse_gla_layer(
 
     q1, k1, q2, k2, gk1, gk2 [T, H, Dk] and v [T, Hv, Dv] raw; norm_weight [Dv]; gate like v; all
     else as in `sse_gla`. Returns the output [T, Hv, Dv] in v's dtype and, on request, the final
-    state. All floating inputs have gradients; on CUDA 9 rows a token like v are kept for them,
-    inputs included. Raises ValueError or TypeError naming the argument.
+    state. All floating inputs have gradients, for which 8 rows a token like v are kept on CUDA,
+    inputs included, and the output. Raises ValueError or TypeError naming the argument.
     """
     op = "sse_gla_layer"
     q = {"q1": q1, "k1": k1, "q2": q2, "k2": k2, "gk1": gk1, "gk2": gk2}
@@ -65,8 +62,10 @@ def sse_gla_layer(
         "initial_state": initial_state,
         "output_final_state": output_final_state,
     }
-    if (launch := _launch(q1, v)) is not None:
-        return launch(
+    if _can_launch(q1, v):
+        from .gla.triton_layer import triton_sse_gla_layer
+
+        return triton_sse_gla_layer(
             q1, k1, q2, k2, v, gk1, gk2, routing, norm_weight=norm_weight, gate=gate, eps=eps,
             row_topk=row_topk, **rest,
         )  # fmt: skip
@@ -100,7 +99,8 @@ def sse_gdn_layer(
     """From an SSE-GDN layer's projections of packed sequences to what its o_proj takes.
 
     As `sse_gla_layer`, with `sse_gdn` of silu(q), silu(k), silu(v), gdn_log_decay(a) and
-    gdn_beta(b): a, b [T, 2 Hv], A_log, dt_bias [2 Hv], the first half the shared stream's.
+    gdn_beta(b): a, b [T, 2 Hv], A_log, dt_bias [2 Hv], the first half the shared stream's. On CUDA
+    6 rows a token like v are kept, and the output.
     """
     op = "sse_gdn_layer"
     expect_streams(op, {"q1": q1, "k1": k1, "q2": q2, "k2": k2}, v, {}, routing)
@@ -110,13 +110,23 @@ def sse_gdn_layer(
         expect_tensor(op, name, x, "[T, 2 Hv]", (tokens, 2 * heads), v.device)
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
         expect_tensor(op, name, x, "[2 Hv]", (2 * heads,), v.device)
+    rest = {
+        "gate_after_norm": gate_after_norm,
+        "cu_seqlens": cu_seqlens,
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+    }
+    if _can_launch(q1, v):
+        from .delta.triton_layer import triton_sse_gdn_layer
+
+        return triton_sse_gdn_layer(
+            q1, k1, q2, k2, v, a, b, routing, A_log=A_log, dt_bias=dt_bias,
+            norm_weight=norm_weight, gate=gate, eps=eps, allow_neg_eigval=allow_neg_eigval, **rest,
+        )  # fmt: skip
     beta1, beta2 = gdn_beta(b, allow_neg_eigval=allow_neg_eigval).chunk(2, -1)
     g1, g2 = gdn_log_decay(a, A_log, dt_bias).chunk(2, -1)
     q1, k1, q2, k2, v = (F.silu(x) for x in (q1, k1, q2, k2, v))
-    o, state = sse_gdn(
-        q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing, gate_after_norm=gate_after_norm,
-        cu_seqlens=cu_seqlens, initial_state=initial_state, output_final_state=output_final_state,
-    )  # fmt: skip
+    o, state = sse_gdn(q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing, **rest)
     return gated_rms_norm(o, norm_weight, gate, eps=eps), state
 
 
@@ -139,13 +149,12 @@ def _expect_layer(
         expect_tensor(op, "gate", gate, "the shape of v", tuple(v.shape), v.device)
 
 
-def _launch(q1: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """SSE-GLA's Triton form on a GPU, if triton is there and knows these widths."""
+def _can_launch(q1: Tensor, v: Tensor) -> bool:
+    """Whether the Triton form runs here: on a GPU, if triton is there and knows these widths."""
     if not v.is_cuda:
-        return None
+        return False
     try:
-        from .gla.triton_layer import triton_sse_gla_layer
         from .gla.triton_shapes import triton_serves
     except ImportError:
-        return None
-    return triton_sse_gla_layer if triton_serves(q1.shape[2], v.shape[2], v.dtype) else None
+        return False
+    return triton_serves(q1.shape[2], v.shape[2], v.dtype)

@@ -1,8 +1,11 @@
 """The end of an SSE layer in one kernel: streams summed, normed and gated; and its backward.
 
-    o = sum of slots     n = o / sqrt(mean(o^2) + eps)     y = n weight silu(gate)
+    o = sum of slots     n = r o,  r = (mean(o^2) + eps)^-1/2     y = n f,  f = weight silu(gate)
 
-With a = dy weight silu(gate), do = (a - n mean(a n)) / sqrt(mean(o^2) + eps).
+The backward pass needs r and y alone, and y is kept by the product that takes it anyway: n = y / f
+has the rounding of y, relative to itself. For that, an f of nearly 0 is 1e-30. With a = f dy,
+
+    do = r (a - n mean(a n))     dgate = dy n weight silu'(gate)     dweight = sum dy n silu(gate)
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -26,51 +29,59 @@ MAX_WIDTH = 1024
 def triton_gated_rms_norm(
     o: Tensor, weight: Tensor, gate: Tensor | None = None, *, eps: float
 ) -> Tensor:
-    """See `gated_rms_norm`; on a GPU, Dv at most MAX_WIDTH, no fp64. Keeps its inputs."""
-    return _norm(
-        o.contiguous(), weight.contiguous(), None if gate is None else gate.contiguous(), eps
-    )
+    """See `gated_rms_norm`; on a GPU, Dv at most MAX_WIDTH, no fp64. Keeps its output, not o."""
+    gate = None if gate is None else gate.contiguous()
+    return _norm(o.contiguous(), weight.contiguous(), gate, eps)[0].to(o.dtype)
 
 
 def norm_forward(
-    slots: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    eps: float,
-    *,
-    keep: bool = False,
+    slots: Tensor, weight: Tensor, gate: Tensor | None, eps: float, *, base: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """slots [S, *rows, Dv] -> y and, if kept, o [*rows, Dv], like slots.
+    """slots [S, *rows, Dv], base [*rows, Dv] fp32 -> y [*rows, Dv] like slots, and r [*rows] fp32.
 
-    Everything contiguous. An o that is not kept is empty.
+    Everything contiguous. fp16 could not hold y / f: its y is fp32.
     """
-    shape, width = slots.shape[1:], slots.shape[-1]
-    y = slots.new_empty(shape)
-    o = slots.new_empty(shape if keep else 0)
-    rows, block = y.numel() // width, _block(width)
+    y, scales = empty_normed(slots[0])
+    width = y.shape[-1]
+    rows, block = scales.numel(), _block(width)
     if rows:
         norm_fwd_kernel[(triton.cdiv(rows, block),)](
-            slots, weight, gate, y, o if keep else None, rows, eps,
+            base, slots, weight, gate, y, scales, rows, eps,
             S=len(slots), D=width, DP=triton.next_power_of_2(width), BLOCK=block,
         )  # fmt: skip
-    return y, o
+    return y, scales
 
 
 def norm_backward(
-    o: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, eps: float
+    y: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    dy: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of o, weight and gate, in their dtypes; everything contiguous."""
-    width = o.shape[-1]
-    do, dgate = torch.empty_like(o), None if gate is None else torch.empty_like(gate)
-    rows, block = o.numel() // width, _block(width)
+    """Gradients of o, in `dtype`, and of weight and gate, in theirs; everything contiguous.
+
+    y and scales: what `norm_forward` returned.
+    """
+    width = y.shape[-1]
+    do = torch.empty_like(y, dtype=dtype)
+    dgate = None if gate is None else torch.empty_like(gate)
+    rows, block = scales.numel(), _block(width)
     parts = triton.cdiv(rows, block * _TILES)
     dweight = weight.new_empty(parts, width, dtype=torch.float32)
     if rows:
         norm_bwd_kernel[(parts,)](
-            o, weight, gate, dy, do, dweight, dgate, rows, eps,
+            y, scales, weight, gate, dy, do, dweight, dgate, rows,
             D=width, DP=triton.next_power_of_2(width), BLOCK=block, TILES=_TILES,
         )  # fmt: skip
     return do, dweight.sum(0).to(weight.dtype), dgate
+
+
+def empty_normed(o: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the y and r of o [*rows, Dv]."""
+    dtype = torch.float32 if o.dtype == torch.float16 else o.dtype
+    return torch.empty_like(o, dtype=dtype), o.new_empty(o.shape[:-1], dtype=torch.float32)
 
 
 def _block(width: int) -> int:
@@ -78,35 +89,42 @@ def _block(width: int) -> int:
 
 
 @torch.library.custom_op("sse_kernels::gated_rms_norm", mutates_args=())
-def _norm(o: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
-    return norm_forward(o[None], weight, gate, eps)[0]
+def _norm(o: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return norm_forward(o[None], weight, gate, eps)
 
 
 @_norm.register_fake
-def _(o: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(o)
+def _(o: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return empty_normed(o)
 
 
 @torch.library.custom_op("sse_kernels::gated_rms_norm_backward", mutates_args=())
 def _norm_backward(
-    o: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, eps: float
+    y: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    dy: Tensor,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    gradients = norm_backward(o, weight, gate, dy.contiguous(), eps)
+    gradients = norm_backward(y, scales, weight, gate, dy.contiguous(), dtype)
     return [x for x in gradients if x is not None]
 
 
 @_norm_backward.register_fake
-def _(o: Tensor, weight: Tensor, gate: Tensor | None, dy: Tensor, eps: float) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (o, weight, gate) if x is not None]
+def _(y, scales, weight, gate, dy, dtype):
+    do = torch.empty_like(y, dtype=dtype)
+    return [do, *(torch.empty_like(x) for x in (weight, gate) if x is not None)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    o, weight, gate, _ = inputs
+    ctx.dtype = o.dtype
+    ctx.save_for_backward(*output, weight, gate)
 
 
-def _backward(ctx, dy: Tensor):
-    do, dweight, *dgate = _norm_backward(*ctx.saved_tensors, dy, ctx.eps)
+def _backward(ctx, dy: Tensor, dscales: Tensor):
+    do, dweight, *dgate = _norm_backward(*ctx.saved_tensors, dy, ctx.dtype)
     return do, dweight, dgate[0] if dgate else None, None
 
 
@@ -115,7 +133,7 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_fwd_kernel(
-    slots, weight, gate, y, o, rows, eps,
+    base, slots, weight, gate, y, scales, rows, eps,
     S: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -123,22 +141,24 @@ def norm_fwd_kernel(
     tile = i_r[:, None] * D + i_d[None, :]
     mask = (i_r < rows)[:, None] & (i_d < D)[None, :]
     x = tl.zeros([BLOCK, DP], tl.float32)
+    if base is not None:
+        x += tl.load(base + tile, mask=mask, other=0.0)
     for s in tl.static_range(S):
         slot = slots + tl.full([], s * D, tl.int64) * rows
         x += tl.load(slot + tile, mask=mask, other=0.0).to(tl.float32)
-    if o is not None:
-        tl.store(o + tile, x.to(o.dtype.element_ty), mask=mask)
-    x *= (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps))[:, None]
-    x *= tl.load(weight + i_d, mask=i_d < D, other=0.0).to(tl.float32)[None, :]
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    tl.store(scales + i_r, scale, mask=i_r < rows)
+    factor = tl.load(weight + i_d, mask=i_d < D, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
         z = tl.load(gate + tile, mask=mask, other=0.0).to(tl.float32)
-        x *= z / (1.0 + tl.exp(-z))
+        factor *= z / (1.0 + tl.exp(-z))
+    x *= scale[:, None] * _shown(factor)
     tl.store(y + tile, x.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_bwd_kernel(
-    o, weight, gate, dy, do, dweight, dgate, rows, eps,
+    y, scales, weight, gate, dy, do, dweight, dgate, rows,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """dweight [parts, D]: the share of each program."""
@@ -150,18 +170,27 @@ def norm_bwd_kernel(
         i_r = first + i * BLOCK + tl.arange(0, BLOCK)
         tile = i_r[:, None] * D + i_d[None, :]
         mask = (i_r < rows)[:, None] & (i_d < D)[None, :]
-        x = tl.load(o + tile, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(y + tile, mask=mask, other=0.0).to(tl.float32)
         a = tl.load(dy + tile, mask=mask, other=0.0).to(tl.float32)
-        scale = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps))[:, None]
-        x *= scale
+        scale = tl.load(scales + i_r, mask=i_r < rows, other=0.0)[:, None]
         if gate is not None:
             z = tl.load(gate + tile, mask=mask, other=0.0).to(tl.float32)
             s = 1.0 / (1.0 + tl.exp(-z))
+            silu = z / (1.0 + tl.exp(-z))
+            x /= _shown(w * silu)
             dz = a * x * w * s * (1.0 + z * (1.0 - s))
             tl.store(dgate + tile, dz.to(dgate.dtype.element_ty), mask=mask)
-            a *= z * s
+            a *= silu
+        else:
+            x /= _shown(w)
         dw += tl.sum(a * x, axis=0)
         a *= w
         dx = scale * (a - x * (tl.sum(a * x, axis=1) / D)[:, None])
         tl.store(do + tile, dx.to(do.dtype.element_ty), mask=mask)
     tl.store(dweight + tl.program_id(0).to(tl.int64) * D + i_d, dw, mask=i_d < D)
+
+
+@triton.jit
+def _shown(factor):
+    """The factor, or what stands for one so near 0 that a product would not show the other."""
+    return tl.where(tl.abs(factor) < 1e-30, 1e-30, factor)

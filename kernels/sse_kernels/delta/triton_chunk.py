@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import kernel_dtype
+from ..gla.triton_forward import sum_slots
 from ..gla.triton_shapes import empty_final, gla_shapes
 from ..routing import Routing
 from ..routing_plan import routing_plan
@@ -58,12 +59,12 @@ def _gdn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shapes = gla_shapes(q1, v, weights, segments, partitions)
     final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
-    o = gdn_forward(
+    shared, sparse = gdn_forward(
         (q1, k1, q2, k2, v, g1, beta1, g2, beta2), weights, (rows, segments, chunks),
         initial_state, final_state if output_final_state else None, shapes,
         gate_after_norm=gate_after_norm,
     )  # fmt: skip
-    return o, final_state
+    return sum_slots(sparse, v.dtype, base=shared), final_state
 
 
 @_gdn.register_fake

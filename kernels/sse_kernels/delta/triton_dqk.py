@@ -29,7 +29,7 @@ from .triton_prepare import Prepared
 
 
 def chunk_gradients(
-    tokens: tuple[Tensor, ...],
+    active: tuple[Tensor, ...],
     weights: Tensor,
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
@@ -40,7 +40,7 @@ def chunk_gradients(
 ) -> tuple[Tensor, ...]:
     """The slots of dq1 dk1 [1, T, Hv, Dk], dq2 dk2 [K, T, Hv, Dk], dg1 dg2 [1 or K, T, Hv] and the
     parts of dweights [T, K, Hv]. swept: h, dh, x and the slots of dv."""
-    q1, k1, q2, k2 = tokens[:4]
+    q1, k1, q2, k2 = active[:4]
     states, dstates, errors, dv = swept
     rows, _, chunks = plan
     m, t, heads, dk = len(chunks), shapes.tokens, shapes.hv, shapes.dk

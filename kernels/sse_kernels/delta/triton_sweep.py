@@ -3,8 +3,8 @@
 With A, P of triton_prepare and h the state before a chunk:
     e = v - e^G (K h)        x = e - P (beta e)        u = beta x
     o = e^G (Q h) + A u      h <- e^G_C h + (e^(G_C - G) K)^T u
-Every stream writes its own outputs, the shared one in fp32; they are summed in fixed order. For the
-backward pass the same sweep stores x and h instead.
+Every stream writes its own outputs, the shared one in fp32, which the caller sums in fixed order.
+For the backward pass the same sweep stores x and h instead.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
-from ..gla.triton_forward import sum_slots
 from ..gla.triton_shapes import GlaShapes, dot_precision
 from ..gla.triton_tiles import load_rows, load_segment
 from .triton_prepare import Prepared, prepare
@@ -34,36 +33,39 @@ def gdn_forward(
     shapes: GlaShapes,
     *,
     gate_after_norm: bool,
-) -> Tensor:
-    """o [T, Hv, Dv]; writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 beta1 g2 beta2."""
+) -> tuple[Tensor, Tensor]:
+    """Reads of the shared state, [T, Hv, Dv] fp32, and of K partitions, [K, T, Hv, Dv].
+
+    Writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 beta1 g2 beta2, contiguous.
+    """
     v = tokens[4]
-    prepared = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
+    prepared, active = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
     shared = torch.empty_like(v, dtype=torch.float32)
     sparse = v.new_empty(shapes.k, *v.shape)
     out = (shared, sparse, final_state, None, None)
-    _sweep("gdn_fwd", tokens, plan, prepared, initial_state, out, shapes)
-    return sum_slots(sparse, v.dtype, base=shared)
+    _sweep("gdn_fwd", active, plan, prepared, initial_state, out, shapes)
+    return shared, sparse
 
 
 def rebuild_states(
-    tokens: tuple[Tensor, ...],
+    active: tuple[Tensor, ...],
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
     initial_state: Tensor | None,
     shapes: GlaShapes,
 ) -> tuple[Tensor, Tensor]:
-    """h before every chunk [M, Hv, Dk, Dv] and x [M, Hv, C, Dv]."""
+    """h before every chunk [M, Hv, Dk, Dv] and x [M, Hv, C, Dv]; active: q1 k1 q2 k2 v."""
     m, heads = prepared.scores.shape[:2]
     states = prepared.scores.new_empty(m, heads, shapes.dk, shapes.dv)
     errors = prepared.scores.new_empty(m, heads, shapes.chunk, shapes.dv)
     out = (None, None, None, states, errors)
-    _sweep("gdn_states", tokens, plan, prepared, initial_state, out, shapes)
+    _sweep("gdn_states", active, plan, prepared, initial_state, out, shapes)
     return states, errors
 
 
 def _sweep(
     name: str,
-    tokens: tuple[Tensor, ...],
+    active: tuple[Tensor, ...],
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
     initial_state: Tensor | None,
@@ -71,12 +73,12 @@ def _sweep(
     shapes: GlaShapes,
 ) -> None:
     rows, segments, chunks = plan
-    v = tokens[4]
+    v = active[4]
     blocks = block_sizes(name, v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
     gdn_sweep_kernel[(blocks_v * shapes.hv * shapes.segments,)](
-        *tokens[:5], *prepared, rows, segments, initial_state, *out,
+        *active, *prepared, rows, segments, initial_state, *out,
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
