@@ -6,6 +6,7 @@ import pytest
 import sse_kernels
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -145,14 +146,16 @@ def test_only_the_inputs_and_the_plan_are_kept():
     assert rows < 5.2  # q1 k1 q2 k2 v are 5 bf16 rows a token
 
 
-def test_the_operator_compiles_without_a_break():
+def test_the_operator_compiles_whole_under_activation_checkpointing():
     leaves, cu_seqlens = problem([130, 70], 2, 128, 4)
 
     def loss(*leaves):
         return output(sse_kernels.sse_gdn, leaves, cu_seqlens, 1).float().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    kept = lambda *leaves: checkpoint(loss, *leaves, use_reentrant=False)
+    compiled = torch.compile(kept, fullgraph=True, backend="aot_eager")
     leaves = [x.requires_grad_() for x in leaves]
-    found = torch.autograd.grad(compiled(*leaves), leaves)
-    for x, y in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+    right = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(map(torch.equal, torch.autograd.grad(kept(*leaves), leaves), right))
+    for x, y in zip(torch.autograd.grad(compiled(*leaves), leaves), right, strict=True):
         torch.testing.assert_close(x, y)
