@@ -38,7 +38,7 @@ def gdn_backward(
     gate_after_norm: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of q1 k1 q2 k2 v g1 beta1 g2 beta2, the weights and, if given, `initial_state`."""
-    g1, beta1, g2, beta2 = tokens[5:]
+    q1, k1, q2, k2, v, g1, beta1, g2, beta2 = tokens
     prepared, active = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
     states, errors = rebuild_states(active, plan, prepared, initial_state, shapes)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
@@ -46,14 +46,16 @@ def gdn_backward(
         active, plan, prepared, errors, do, dfinal, dinitial, shapes
     )
     dq1, dk1, dq2, dk2, dg1, dg2, dw = chunk_gradients(
-        active, weights, plan, prepared, (states, dstates, errors, dv), do, shapes, gate_after_norm
-    )
-    groups = [shapes.hv // shapes.h] * 4 + [1]
+        tokens, active, weights, plan, prepared, (states, dstates, errors, dv), do, shapes,
+        gate_after_norm,
+    )  # fmt: skip
+    group = shapes.hv // shapes.h
     gradients = (
-        *(
-            sum_slots(dx, x.dtype, group=group, silu_of=x if shapes.raw else None)
-            for dx, x, group in zip((dq1, dk1, dq2, dk2, dv), tokens, groups, strict=False)
-        ),
+        sum_slots(dq1, q1.dtype, group=group),
+        sum_slots(dk1, k1.dtype, group=group),
+        sum_slots(dq2, q2.dtype, group=group),
+        sum_slots(dk2, k2.dtype, group=group),
+        sum_slots(dv, v.dtype, silu_of=v if shapes.raw else None),
         _sum_scalars(dg1, g1.dtype),
         _sum_scalars(dbeta1, beta1.dtype),
         _sum_scalars(dg2, g2.dtype),
