@@ -37,8 +37,8 @@ def exact_layer(
 ):  # fmt: skip
     g1, g2 = (-A_log.exp() * softplus(a + dt_bias)).chunk(2, -1)
     beta1, beta2 = ((1 + allow_neg_eigval) * b.sigmoid()).chunk(2, -1)
-    tokens = (silu(x) for x in (q1, k1, q2, k2, v))
-    o, state = sse_kernels.chunk_sse_gdn(*tokens, g1, beta1, g2, beta2, routing, **rest)
+    inputs = (silu(q1), silu(k1), silu(q2), silu(k2), silu(v), g1, beta1, g2, beta2, routing)
+    o, state = sse_kernels.chunk_sse_gdn(*inputs, **rest)
     return sse_kernels.gated_rms_norm(o, norm_weight, gate, eps=eps), state
 
 

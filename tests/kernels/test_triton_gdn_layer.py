@@ -27,8 +27,8 @@ def exact_layer(
     """The layer's definition in the dtype of its inputs."""
     g1, g2 = (-A_log.exp() * softplus(a + dt_bias)).chunk(2, -1)
     beta1, beta2 = ((1 + allow_neg_eigval) * b.sigmoid()).chunk(2, -1)
-    tokens = (silu(x) for x in (q1, k1, q2, k2, v))
-    o, state = sse_kernels.naive_sse_gdn(*tokens, g1, beta1, g2, beta2, routing, **rest)
+    inputs = (silu(q1), silu(k1), silu(q2), silu(k2), silu(v), g1, beta1, g2, beta2, routing)
+    o, state = sse_kernels.naive_sse_gdn(*inputs, **rest)
     return gated_rms_norm(o, norm_weight, gate, eps=eps), state
 
 
@@ -61,7 +61,7 @@ def results(case, layer, dtype, *, gated=True, hidden=(), **options):
         output_final_state=True,
         **options,
     )
-    loss = sum((x.double() * wave(x)).sum() for x in (y, state))
+    loss = (y.double() * wave(y)).sum() + (state.double() * wave(state)).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     named = {f"d{n}": x for n, x in zip(leaves, gradients, strict=True)}
     return {"y": y.detach(), "state": state.detach(), **named}
