@@ -30,7 +30,7 @@ def sequence_layers() -> str:
     """Milliseconds of layers between their projections."""
     columns = [f"{v} layer {p}" for v in ("gla", "gdn") for p in ("forward", "forward+backward")]
     head = ["layer, bf16, ms", "GLA forward", "forward+backward", "GDN forward", "forward+backward"]
-    return _times(_result("sse"), columns, head)
+    return _times(_result("packed-layer"), columns, head) + _note(_result("packed-layer"))
 
 
 def _times(result: dict[str, Any], columns: list[str], head: list[str]) -> str:
@@ -101,21 +101,34 @@ def errors() -> str:
         kind = row["form"].rstrip("12")
         line[kind] = max(line.get(kind, 0.0), row["value"])
     lines = [
-        [f"{case.replace(' error', '').replace('gla', 'GLA').replace('gdn', 'GDN')}, {shape}"]
+        [f"{_upper(case.replace(' error', ''))}, {shape}"]
         + [f"{line[kind]:.1e}" if kind in line else "" for kind in kinds]
         for (case, shape), line in found.items()
     ]
     return _table(["relative error against fp64", *kinds], lines)
 
 
+def kept() -> str:
+    """Memory kept for the backward pass, in rows of the width of v."""
+    result = _result("kept")
+    cells: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        form = row["case"].removesuffix(" kept for backward").replace(" ", "_")
+        cells.setdefault(f"`sse_{form}`", {})[row["shape"]] = row["value"]
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    lines = [
+        [form, *(f"{x[s]:.3f}" if s in x else "" for s in shapes)] for form, x in cells.items()
+    ]
+    return _table(["bf16 rows of H*D a token", *shapes], lines) + _note(result)
+
+
 def properties() -> str:
-    """Memory kept for the backward pass, differing bits, waits for the device."""
+    """Differing bits, waits for the device."""
     result = _result("sse")
     lines = [
-        [row["case"].replace("gla", "GLA").replace("gdn", "GDN"), row["shape"], f"{text}{unit}"]
-        for unit in ("bf16 rows", "elements differ", "waits")
+        [_upper(row["case"]), row["shape"], f"{row['value']} {unit}"]
+        for unit in ("elements differ", "waits")
         for row in _rows(result, unit)
-        for text in [f"{row['value']:.2f} " if unit == "bf16 rows" else f"{row['value']} "]
     ]
     return _table(["", "", ""], lines)
 
@@ -194,6 +207,10 @@ def _rows(result: dict[str, Any], unit: str) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row["unit"] == unit]
 
 
+def _upper(case: str) -> str:
+    return case.replace("gla", "GLA").replace("gdn", "GDN")
+
+
 def _three(value: float) -> str:
     """Three digits."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
@@ -225,6 +242,7 @@ TABLES = {
     "kernel_steps": steps,
     "kernel_layers": layers,
     "kernel_errors": errors,
+    "kernel_kept": kept,
     "kernel_properties": properties,
     "kernel_first_calls": first_calls,
     "head_times": head_times,

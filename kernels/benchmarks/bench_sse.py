@@ -1,14 +1,15 @@
 """Times SSE-GLA and SSE-GDN on one GPU beside their baselines, and stores what it found.
 
-    python kernels/benchmarks/bench_sse.py [gla gdn layer step] [--reference] [--commit HASH]
+    python kernels/benchmarks/bench_sse.py [gla gdn layer kept step] [--reference] [--commit HASH]
 
 Token mixing is everything from activated q1 k1 q2 k2 v, log-decays and router logits to the summed
 o: softmax, choice, plan and sweeps. A layer goes from raw projections to what its o_proj takes.
+Kept is what lies in memory between forward and backward.
 Inputs are random, times are medians, bf16. Baselines, in the same run: the torch form of
 `sse_kernels`, the copy bandwidth, and with --reference the authors' algorithm rebuilt on
 flash-linear-attention (its first calls tune for minutes).
-Writes kernels/benchmarks/results/sse-<device>.json after every part. Exits with 1 if bits differ or
-the host waits.
+Writes kernels/benchmarks/results/sse-<device>.json after every part, layers and what is kept into
+packed-layer- and kept-<device>.json. Exits with 1 if bits differ or the host waits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SHAPES = [
 MILLION = MAIN._replace(length=131072)
 SHORT = 512
 """Longer sequences need no kernels of their own."""
-PARTS: tuple[str, ...] = ("gla", "gdn", "layer", "step")
+PARTS: tuple[str, ...] = ("gla", "gdn", "layer", "kept", "step")
 BASELINES = {
     "gla": {"torch": sse_kernels.chunk_sse_gla, "reference": reference_sse_gla},
     "gdn": {"torch": sse_kernels.chunk_sse_gdn, "reference": reference_sse_gdn},
@@ -133,10 +134,9 @@ def all_calls(parts: list[str]) -> Iterator[Callable[[], object]]:
         cases += [(s._replace(length=SHORT), o) for s, o in error_cases(variant)]
         for shape, option in sorted(dict.fromkeys(cases), key=lambda case: -case[0].d):
             yield functools.partial(run_once, variant, shape, option)
-    if "layer" in parts:
-        for variant in ("gdn_layer", "gla_layer"):
-            yield functools.partial(run_once, variant, MAIN._replace(length=SHORT), None)
-            yield functools.partial(run_once, variant, MAIN._replace(length=SHORT, k=2), None)
+    for variant in ("gdn_layer", "gla_layer") if {"layer", "kept"} & set(parts) else ():
+        yield functools.partial(run_once, variant, MAIN._replace(length=SHORT), None)
+        yield functools.partial(run_once, variant, MAIN._replace(length=SHORT, k=2), None)
     if "step" in parts:
         for variant in ("gla", "gdn"):
             for batch in (1, 64):
@@ -171,29 +171,33 @@ def main() -> None:
         compile_first(all_calls(parts), options.processes)
     top = ceilings()
     variants = [variant for variant in ("gla", "gdn") if variant in parts]
-    work = [timed(variant, MAIN) for variant in variants]
-    work += [reference(variant) for variant in variants if options.reference]
+    work = [("sse", timed(variant, MAIN)) for variant in variants]
+    work += [("sse", reference(variant)) for variant in variants if options.reference]
     if "layer" in parts:
         for variant in ("gla_layer", "gdn_layer"):
-            work += [timed(variant, MAIN, MAIN._replace(k=2)), kept_memory(variant)]
-        work.append(timed("gla_layer", MAIN, form="sse_gla and torch"))
+            work.append(("packed-layer", timed(variant, MAIN, MAIN._replace(k=2))))
+        work.append(("packed-layer", timed("gla_layer", MAIN, form="sse_gla and torch")))
+    if "kept" in parts:
+        work += [("kept", kept_memory(variant)) for variant in BASELINES]
     for variant in variants:
-        work += [exactness(variant), kept_memory(variant), errors(variant)]
-        work += [timed(variant, *SHAPES), captured(variant)]
+        several = (exactness(variant), errors(variant), timed(variant, *SHAPES), captured(variant))
+        work += [("sse", part) for part in several]
     if "step" in parts:
-        work.append(steps(top["copy_gb_s"]))
-    work += [timed(variant, MAIN, form="torch") for variant in variants]
-    work += [timed(variant, MILLION) for variant in variants]
-    rows: list[Row] = []
+        work.append(("sse", steps(top["copy_gb_s"])))
+    work += [("sse", timed(variant, MAIN, form="torch")) for variant in variants]
+    work += [("sse", timed(variant, MILLION)) for variant in variants]
+    files: dict[str, list[Row]] = {}
     failed = False
-    for part in work:
+    for file, part in work:
+        rows = files.setdefault(file, [])
         try:
             shown(part, rows)
         except Exception:  # what was measured stays, the other parts run
             traceback.print_exc()
             failed = True
         torch.cuda.empty_cache()
-        save("sse", rows, options, ceilings=top)
+        save(file, rows, options, ceilings=top)
+    rows = [row for found in files.values() for row in found]
     wrong = any(row.value for row in rows if row.unit in ("elements differ", "waits"))
     sys.exit(failed or wrong)
 
