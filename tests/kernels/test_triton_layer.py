@@ -108,33 +108,14 @@ def test_packed_equals_alone_to_the_bit(make_case):
     assert torch.equal(state[1:], final)
 
 
-def test_nine_rows_a_token_are_kept_for_the_backward_pass():
-    tokens, heads, width = 64, 2, 64
-    x = lambda: torch.randn(tokens, heads, width, dtype=torch.bfloat16, requires_grad=True)
-    routing = sse_kernels.route(torch.randn(tokens, 4, requires_grad=True), 1)
-    kept: dict[int, int] = {}
-
-    def pack(saved):
-        kept[saved.data_ptr()] = saved.nbytes
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        triton_sse_gla_layer(
-            *(x() for _ in range(7)), routing, norm_weight=torch.ones(width), gate=x(), eps=EPS,
-            cu_seqlens=torch.tensor([0, tokens]),
-        )  # fmt: skip
-    row = tokens * heads * width * 2
-    large = [size for size in kept.values() if size >= row]
-    assert large == [row] * 9
-    plan_and_weights = (tokens // 64 + 2 * 5) * 64 * 4 + tokens * 8
-    assert sum(kept.values()) < 9 * row + plan_and_weights
-
-
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_norm_and_its_gradients_are_torchs(gated):
     rng = torch.Generator().manual_seed(0)
     o, gate, dy = torch.randn(3, 300, 2, 24, generator=rng)
-    leaves = [x.requires_grad_() for x in (o, torch.rand(24, generator=rng), gate)[: 2 + gated]]
+    weight = torch.rand(24, generator=rng)
+    # The backward pass finds o in the output, be it multiplied with nothing or nearly so.
+    gate[::3], gate[1::7], weight[5] = 0, -80, 0
+    leaves = [x.requires_grad_() for x in (o, weight, gate)[: 2 + gated]]
 
     def run(norm):
         y = norm(*leaves, eps=EPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dtypes import kernel_dtype
 from ..gla.triton_shapes import empty_final, gla_shapes
 from ..routing import Routing
 from ..routing_plan import routing_plan
@@ -42,13 +43,14 @@ def triton_sse_gdn_layer(
     """
     partitions = routing.probs.shape[1]
     plan = routing_plan(routing.ids, cu_seqlens, partitions)
-    dtype = torch.promote_types(torch.promote_types(q1.dtype, k1.dtype), v.dtype)
+    dtype = kernel_dtype(q1, k1, q2, k2, v)
     tokens = [x.to(dtype).contiguous() for x in (q1, k1, q2, k2, v)]
-    rest = [x.contiguous() for x in (a, b, A_log, dt_bias, norm_weight)]
+    rest = (a, b, A_log, dt_bias, norm_weight, routing.weights)
+    rest = [x.to(kernel_dtype(x)).contiguous() for x in rest]
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     y, _, final_state = _layer(
-        *tokens, *rest, routing.weights.contiguous(), *plan,
+        *tokens, *rest, *plan,
         None if gate is None else gate.contiguous(), initial_state,
         partitions, 2.0 if allow_neg_eigval else 1.0, gate_after_norm, eps, output_final_state,
     )  # fmt: skip
