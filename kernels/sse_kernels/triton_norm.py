@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096
+from .gla.triton_activate import sigmoid
+
+_TILE = 2048
 """Values a program holds."""
 _TILES = 16
 """Tiles a program of the backward pass takes, which is one part of the gradient of `weight`."""
@@ -151,7 +153,7 @@ def norm_fwd_kernel(
     factor = tl.load(weight + i_d, mask=i_d < D, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
         z = tl.load(gate + tile, mask=mask, other=0.0).to(tl.float32)
-        factor *= z / (1.0 + tl.exp(-z))
+        factor *= z * sigmoid(z)
     x *= scale[:, None] * _shown(factor)
     tl.store(y + tile, x.to(y.dtype.element_ty), mask=mask)
 
@@ -175,12 +177,11 @@ def norm_bwd_kernel(
         scale = tl.load(scales + i_r, mask=i_r < rows, other=0.0)[:, None]
         if gate is not None:
             z = tl.load(gate + tile, mask=mask, other=0.0).to(tl.float32)
-            s = 1.0 / (1.0 + tl.exp(-z))
-            silu = z / (1.0 + tl.exp(-z))
-            x /= _shown(w * silu)
+            s = sigmoid(z)
+            x /= _shown(w * (z * s))
             dz = a * x * w * s * (1.0 + z * (1.0 - s))
             tl.store(dgate + tile, dz.to(dgate.dtype.element_ty), mask=mask)
-            a *= silu
+            a *= z * s
         else:
             x /= _shown(w)
         dw += tl.sum(a * x, axis=0)
