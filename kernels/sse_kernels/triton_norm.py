@@ -71,13 +71,13 @@ def norm_backward(
     dgate = None if gate is None else torch.empty_like(gate)
     rows, block = scales.numel(), _block(width)
     parts = triton.cdiv(rows, block * _TILES)
-    dweight = weight.new_empty(parts, width, dtype=torch.float32)
+    dweight = weight.new_empty(width, parts, dtype=torch.float32)
     if rows:
         norm_bwd_kernel[(parts,)](
             y, scales, weight, gate, dy, do, dweight, dgate, rows,
             D=width, DP=triton.next_power_of_2(width), BLOCK=block, TILES=_TILES,
         )  # fmt: skip
-    return do, dweight.sum(0).to(weight.dtype), dgate
+    return do, dweight.sum(1).to(weight.dtype), dgate
 
 
 def empty_normed(o: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def norm_bwd_kernel(
     y, scales, weight, gate, dy, do, dweight, dgate, rows,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """dweight [parts, D]: the share of each program."""
+    """dweight [D, programs]: the share of each program."""
     i_d = tl.arange(0, DP)
     w = tl.load(weight + i_d, mask=i_d < D, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros([DP], tl.float32)
@@ -188,7 +188,7 @@ def norm_bwd_kernel(
         a *= w
         dx = scale * (a - x * (tl.sum(a * x, axis=1) / D)[:, None])
         tl.store(do + tile, dx.to(do.dtype.element_ty), mask=mask)
-    tl.store(dweight + tl.program_id(0).to(tl.int64) * D + i_d, dw, mask=i_d < D)
+    tl.store(dweight + i_d * tl.num_programs(0) + tl.program_id(0), dw, mask=i_d < D)
 
 
 @triton.jit

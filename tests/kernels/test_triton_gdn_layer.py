@@ -97,8 +97,8 @@ def test_rows_wider_than_a_tile_are_activated_whole(make_case, difference):
 
 
 def test_packed_equals_alone_to_the_bit(make_case):
-    case = make_case("gdn", [3, 66], dtype=torch.float32, heads=1, dk=16, dv=16, partitions=2)
-    rates = {"A_log": torch.zeros(2), "dt_bias": torch.ones(2)}
+    case = make_case("gdn", [3, 66], dtype=torch.float32, dk=16, dv=16, partitions=2)
+    rates = {"A_log": torch.zeros(4), "dt_bias": torch.ones(4)}
     rest = {"norm_weight": torch.ones(16), "eps": EPS, **rates}
 
     def layer(q1, k1, q2, k2, v, g1, beta1, g2, beta2, routing, **more):

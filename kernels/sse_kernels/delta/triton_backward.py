@@ -36,26 +36,29 @@ def gdn_backward(
     shapes: GlaShapes,
     *,
     gate_after_norm: bool,
+    silu_of: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q1 k1 q2 k2 v g1 beta1 g2 beta2, the weights and, if given, `initial_state`."""
+    """Gradients of q1 k1 q2 k2 v g1 beta1 g2 beta2, the weights and, if given, `initial_state`.
+
+    silu_of: what q1 k1 q2 k2 v are silu of, if it is for these that gradients are wanted.
+    """
     q1, k1, q2, k2, v, g1, beta1, g2, beta2 = tokens
-    prepared, active = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
-    states, errors = rebuild_states(active, plan, prepared, initial_state, shapes)
+    prepared = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
+    states, errors = rebuild_states(tokens, plan, prepared, initial_state, shapes)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     dstates, dv, dbeta1, dbeta2 = _sweep_back(
-        active, plan, prepared, errors, do, dfinal, dinitial, shapes
+        tokens, plan, prepared, errors, do, dfinal, dinitial, shapes
     )
     dq1, dk1, dq2, dk2, dg1, dg2, dw = chunk_gradients(
-        tokens, active, weights, plan, prepared, (states, dstates, errors, dv), do, shapes,
-        gate_after_norm,
-    )  # fmt: skip
+        tokens, weights, plan, prepared, (states, dstates, errors, dv), do, shapes, gate_after_norm
+    )
     group = shapes.hv // shapes.h
     gradients = (
-        sum_slots(dq1, q1.dtype, group=group),
-        sum_slots(dk1, k1.dtype, group=group),
-        sum_slots(dq2, q2.dtype, group=group),
-        sum_slots(dk2, k2.dtype, group=group),
-        sum_slots(dv, v.dtype, silu_of=v if shapes.raw else None),
+        sum_slots(dq1, q1.dtype, group=group, silu_of=silu_of[0]),
+        sum_slots(dk1, k1.dtype, group=group, silu_of=silu_of[1]),
+        sum_slots(dq2, q2.dtype, group=group, silu_of=silu_of[2]),
+        sum_slots(dk2, k2.dtype, group=group, silu_of=silu_of[3]),
+        sum_slots(dv, v.dtype, silu_of=silu_of[4]),
         _sum_scalars(dg1, g1.dtype),
         _sum_scalars(dbeta1, beta1.dtype),
         _sum_scalars(dg2, g2.dtype),
@@ -71,7 +74,7 @@ def _sum_scalars(slots: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sweep_back(
-    active: tuple[Tensor, ...],
+    tokens: tuple[Tensor, ...],
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
     errors: Tensor,
@@ -83,7 +86,7 @@ def _sweep_back(
     """dh after every chunk [M, Hv, Dk, Dv], the slots of dv [1+K, T, Hv, Dv], and those of dbeta1
     and dbeta2 [1 or K, each times the value blocks, T, Hv]; writes `dinitial` if given."""
     rows, segments, chunks = plan
-    v = active[4]
+    v = tokens[4]
     blocks = block_sizes("gdn_dstates", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
@@ -93,7 +96,7 @@ def _sweep_back(
         v.new_empty(slots * blocks_v, *v.shape[:2], dtype=torch.float32) for slots in (1, shapes.k)
     )
     gdn_dstates_kernel[(blocks_v * shapes.hv * shapes.segments,)](
-        *active[:4], *prepared, errors, do, rows, segments, dfinal, dstates, dinitial, dv,
+        *tokens[:4], *prepared, errors, do, rows, segments, dfinal, dstates, dinitial, dv,
         dbeta1, dbeta2, shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),

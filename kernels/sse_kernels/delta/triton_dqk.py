@@ -8,7 +8,6 @@ the gradients of Q and K are
 What grows with G_i stands in dQ and dK+, what falls with it in dK-:
     dg_i = sum_{j >= i} (Q dQ + K dK+ - K dK-)_j + sum_j e^(G_C - G_j) K_j (u dh^T)_j + e^G_C h dh
 Everything is kept as a dQ and b dK, of which the norms take back p x (x . dx) (`unit_factor`).
-With raw projections the last factor is the slope of silu there.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -23,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
-from ..gla.triton_activate import silu_slope
 from ..gla.triton_shapes import GlaShapes, dot_precision
 from ..gla.triton_tiles import load_rows, load_weights
 from .gate import NORM_EPS
@@ -32,7 +30,6 @@ from .triton_prepare import Prepared
 
 def chunk_gradients(
     tokens: tuple[Tensor, ...],
-    active: tuple[Tensor, ...],
     weights: Tensor,
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
@@ -42,9 +39,8 @@ def chunk_gradients(
     gate_after_norm: bool,
 ) -> tuple[Tensor, ...]:
     """The slots of dq1 dk1 [1, T, Hv, Dk], dq2 dk2 [K, T, Hv, Dk], dg1 dg2 [1 or K, T, Hv] and the
-    parts of dweights [T, K, Hv]. tokens, active: q1, k1, q2, k2 and more, before and after their
-    activations; swept: h, dh, x and the slots of dv."""
-    q1 = tokens[0]
+    parts of dweights [T, K, Hv]. swept: h, dh, x and the slots of dv."""
+    q1, k1, q2, k2 = tokens[:4]
     states, dstates, errors, dv = swept
     rows, _, chunks = plan
     m, t, heads, dk = len(chunks), shapes.tokens, shapes.hv, shapes.dk
@@ -62,11 +58,10 @@ def chunk_gradients(
     dw = q1.new_empty(t, shapes.k, heads, dtype=torch.float32)
     blocks = block_sizes("gdn_dqk", q1, shapes.width)
     gdn_dqk_kernel[(m * heads,)](
-        *tokens[:4], *active[:4], prepared.factors, prepared.decays, e, f,
-        states, dstates, errors, dv, do, weights, rows, chunks,
-        dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
+        q1, k1, q2, k2, prepared.factors, prepared.decays, e, f, states, dstates, errors, dv, do,
+        weights, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
         H=shapes.h, DK=dk, K=shapes.k, BK=min(blocks.k, dk),
-        BV=min(blocks.v, triton.next_power_of_2(shapes.dv)), EPS=NORM_EPS, RAW=shapes.raw,
+        BV=min(blocks.v, triton.next_power_of_2(shapes.dv)), EPS=NORM_EPS,
         GATE_LAST=gate_after_norm, num_warps=blocks.warps, num_stages=blocks.stages, **common,
     )  # fmt: skip
     return dq1, dk1, dq2, dk2, dg1, dg2, dw
@@ -112,19 +107,19 @@ def gdn_dscores_kernel(
 
 @triton.jit
 def gdn_dqk_kernel(
-    q1_raw, k1_raw, q2_raw, k2_raw, q1, k1, q2, k2, factors, decays, scores_e, scores_f,
-    states, dstates, errors, dv, do, weights, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
+    q1, k1, q2, k2, factors, decays, scores_e, scores_f, states, dstates, errors, dv, do,
+    weights, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr, RAW: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EPS: tl.constexpr,
     GATE_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_h, i_m = tl.program_id(0) % HV, tl.program_id(0) // HV
     i_s = tl.load(chunks + i_m)
     if i_s < 0:
         return
-    q, k, q_raw, k_raw, dq, dk, dg = q1, k1, q1_raw, k1_raw, dq1, dk1, dg1
+    q, k, dq, dk, dg = q1, k1, dq1, dk1, dg1
     if i_s >= B:
-        q, k, q_raw, k_raw, dq, dk, dg = q2, k2, q2_raw, k2_raw, dq2, dk2, dg2
+        q, k, dq, dk, dg = q2, k2, dq2, dk2, dg2
     row_mask, token, row = load_rows(rows, i_m, T, C)
     head = tl.program_id(0).to(tl.int64)
     i_c, i_k, i_vd = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
@@ -179,8 +174,6 @@ def gdn_dqk_kernel(
         if BK == DK:
             b_dq -= (q_back * q_dq)[:, None] * b_q.to(tl.float32)
             b_down -= (k_back * (k_up + k_down))[:, None] * b_k.to(tl.float32)
-            b_dq = _before_silu(b_dq, q_raw + tile, mask, RAW)
-            b_down = _before_silu(b_down, k_raw + tile, mask, RAW)
         tl.store(dq + out_tile + block, b_dq.to(dq.dtype.element_ty), mask=mask)
         tl.store(dk + out_tile + block, b_down.to(dk.dtype.element_ty), mask=mask)
 
@@ -197,23 +190,13 @@ def gdn_dqk_kernel(
     if BK < DK:
         tl.debug_barrier()
         for block in range(0, DK, BK):
-            place, to = tile + block, out_tile + block
-            _take_back(dq + to, q + place, q_raw + place, q_back * q_dq, mask, RAW)
-            _take_back(dk + to, k + place, k_raw + place, k_back * k_dk, mask, RAW)
+            _take_back(dq + out_tile + block, q + tile + block, q_back * q_dq, mask)
+            _take_back(dk + out_tile + block, k + tile + block, k_back * k_dk, mask)
 
 
 @triton.jit
-def _take_back(gradient_at, x_at, raw_at, factor, mask, RAW: tl.constexpr):
-    """What the norm takes back of a gradient in memory: factor x; then `_before_silu`."""
+def _take_back(gradient_at, x_at, factor, mask):
+    """What the norm takes back of a gradient in memory: factor x."""
     gradient = tl.load(gradient_at, mask=mask, other=0.0).to(tl.float32)
     gradient -= factor[:, None] * tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-    gradient = _before_silu(gradient, raw_at, mask, RAW)
     tl.store(gradient_at, gradient.to(gradient_at.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _before_silu(gradient, raw_at, mask, RAW: tl.constexpr):
-    """From the gradient of silu(x) that of x, if projections are raw."""
-    if RAW:
-        gradient *= silu_slope(tl.load(raw_at, mask=mask, other=0.0).to(tl.float32))
-    return gradient

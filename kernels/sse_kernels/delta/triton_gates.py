@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gla.triton_activate import sigmoid
+
 _TILE = 2048
 """Values a program holds."""
-_TILES = 8
-"""Tiles a program of the backward pass takes, which is one part of the parameters' gradients."""
 
 
 def gates_forward(
@@ -52,14 +52,14 @@ def gates_backward(
     tokens, channels = a.shape
     da, db = torch.empty_like(a), torch.empty_like(b)
     rows, width = _tile(channels)
-    parts = triton.cdiv(tokens, rows * _TILES)
-    rates = a.new_empty(parts, 2, channels, dtype=torch.float32)
+    parts = triton.cdiv(tokens, rows)
+    rates = a.new_empty(2, channels, parts, dtype=torch.float32)
     if tokens:
         gdn_gates_bwd_kernel[(parts,)](
             a, b, A_log, dt_bias, dg1, dbeta1, dg2, dbeta2, da, db, rates, tokens,
-            D=channels, DP=width, BETA_SCALE=beta_scale, BLOCK=rows, TILES=_TILES,
+            D=channels, DP=width, BETA_SCALE=beta_scale, BLOCK=rows,
         )  # fmt: skip
-    d_log, d_bias = rates[:, 0].sum(0), rates[:, 1].sum(0)
+    d_log, d_bias = (x.sum(-1) for x in rates)
     return da, db, d_log.to(A_log.dtype), d_bias.to(dt_bias.dtype)
 
 
@@ -82,37 +82,31 @@ def gdn_gates_fwd_kernel(
     x, rate = _time_step(a, A_log, dt_bias, i_t, i_d, mask, D)
     to = out + (i_d // HV * 2 * T + i_t) * HV + i_d % HV
     tl.store(to, -rate * _softplus(x), mask=mask)
-    z = tl.load(b + i_t * D + i_d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to + tl.full([], HV, tl.int64) * T, BETA_SCALE / (1.0 + tl.exp(-z)), mask=mask)
+    s = sigmoid(tl.load(b + i_t * D + i_d, mask=mask, other=0.0).to(tl.float32))
+    tl.store(to + tl.full([], HV, tl.int64) * T, BETA_SCALE * s, mask=mask)
 
 
 @triton.jit
 def gdn_gates_bwd_kernel(
     a, b, A_log, dt_bias, dg1, dbeta1, dg2, dbeta2, da, db, rates, T,
     D: tl.constexpr, DP: tl.constexpr, BETA_SCALE: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
-    """rates [parts, A_log and dt_bias, 2 Hv]: the share of each program."""
+    """rates [A_log and dt_bias, 2 Hv, programs]: the share of each program."""
     HV: tl.constexpr = D // 2
+    i_t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     i_d = tl.arange(0, DP)[None, :]
-    d_log = tl.zeros([DP], tl.float32)
-    d_bias = tl.zeros([DP], tl.float32)
-    for i in range(TILES):
-        i_t = (tl.program_id(0) * TILES + i).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
-        mask = (i_t < T) & (i_d < D)
-        x, rate = _time_step(a, A_log, dt_bias, i_t, i_d, mask, D)
-        dg = _of_streams(dg1, dg2, i_t, i_d, mask, HV)
-        dx = -dg * rate / (1.0 + tl.exp(-x))
-        tl.store(da + i_t * D + i_d, dx.to(da.dtype.element_ty), mask=mask)
-        d_log -= tl.sum(dg * rate * _softplus(x), axis=0)
-        d_bias += tl.sum(dx, axis=0)
-        s = 1.0 / (1.0 + tl.exp(-tl.load(b + i_t * D + i_d, mask=mask, other=0.0).to(tl.float32)))
-        dz = _of_streams(dbeta1, dbeta2, i_t, i_d, mask, HV) * BETA_SCALE * s * (1.0 - s)
-        tl.store(db + i_t * D + i_d, dz.to(db.dtype.element_ty), mask=mask)
+    mask = (i_t < T) & (i_d < D)
+    x, rate = _time_step(a, A_log, dt_bias, i_t, i_d, mask, D)
+    dg = _of_streams(dg1, dg2, i_t, i_d, mask, HV)
+    dx = -dg * rate * sigmoid(x)
+    tl.store(da + i_t * D + i_d, dx.to(da.dtype.element_ty), mask=mask)
+    s = sigmoid(tl.load(b + i_t * D + i_d, mask=mask, other=0.0).to(tl.float32))
+    dz = _of_streams(dbeta1, dbeta2, i_t, i_d, mask, HV) * BETA_SCALE * s * (1.0 - s)
+    tl.store(db + i_t * D + i_d, dz.to(db.dtype.element_ty), mask=mask)
     i_d = tl.arange(0, DP)
-    at = rates + tl.program_id(0).to(tl.int64) * 2 * D + i_d
-    tl.store(at, d_log, mask=i_d < D)
-    tl.store(at + D, d_bias, mask=i_d < D)
+    at = rates + i_d * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, -tl.sum(dg * rate * _softplus(x), axis=0), mask=i_d < D)
+    tl.store(at + D * tl.num_programs(0), tl.sum(dx, axis=0), mask=i_d < D)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from ..dtypes import kernel_dtype
 from ..gla.triton_shapes import empty_final, gla_shapes
@@ -66,11 +67,12 @@ def _layer(
     eps: float, output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y and r of `norm_forward`, the final state."""
-    shapes = gla_shapes(q1, v, weights, segments, partitions, raw=True)
+    shapes = gla_shapes(q1, v, weights, segments, partitions)
     final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
     gates = gates_forward(a, b, A_log, dt_bias, beta_scale)
+    active = map(silu, (q1, k1, q2, k2, v))
     shared, sparse = gdn_forward(
-        (q1, k1, q2, k2, v, *gates), weights, (rows, segments, chunks), initial_state,
+        (*active, *gates), weights, (rows, segments, chunks), initial_state,
         final_state if output_final_state else None, shapes, gate_after_norm=gate_after_norm,
     )  # fmt: skip
     return *norm_forward(sparse, norm_weight, gate, eps, base=shared), final_state
@@ -94,12 +96,14 @@ def _layer_backward(
     gate_after_norm: bool, dy: Tensor, dfinal: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the floating inputs that are given, in the order of the arguments."""
-    shapes = gla_shapes(q1, v, weights, segments, partitions, raw=True)
+    shapes = gla_shapes(q1, v, weights, segments, partitions)
     do, dnorm, dgate = norm_backward(y, scales, norm_weight, gate, dy.contiguous(), v.dtype)
     gates = gates_forward(a, b, A_log, dt_bias, beta_scale)
+    raw = (q1, k1, q2, k2, v)
     found = gdn_backward(
-        (q1, k1, q2, k2, v, *gates), weights, (rows, segments, chunks), initial_state, do,
+        (*map(silu, raw), *gates), weights, (rows, segments, chunks), initial_state, do,
         None if dfinal is None else dfinal.contiguous(), shapes, gate_after_norm=gate_after_norm,
+        silu_of=raw,
     )  # fmt: skip
     rates = gates_backward(a, b, A_log, dt_bias, beta_scale, *found[5:9])
     given = [] if dgate is None else [dgate]

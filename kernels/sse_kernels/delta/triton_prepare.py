@@ -3,7 +3,6 @@
 With Q = a q and K = b k the rows of unit length, a with the scale, G the decays summed inside a
 chunk and D_ij = e^(G_i - G_j) for j <= i:
     A = D * (Q K^T)        N = D * (K K^T), strictly lower        P = (I + N beta)^-1 N
-Raw projections become silu(x) here, once, for the sweeps.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -20,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
-from ..gla.triton_activate import load_silu
 from ..gla.triton_shapes import GlaShapes, dot_precision
 from ..gla.triton_tiles import load_rows, load_weights
 from .gate import NORM_EPS
@@ -51,12 +49,9 @@ def prepare(
     shapes: GlaShapes,
     *,
     gate_after_norm: bool,
-) -> tuple[Prepared, tuple[Tensor, ...]]:
-    """Also q1, k1, q2, k2, v after their activations: those of `tokens`, unless these are raw.
-
-    tokens: q1, k1, q2, k2, v, g1, beta1, g2, beta2, contiguous.
-    """
-    q1, k1, q2, k2, v, g1, beta1, g2, beta2 = tokens
+) -> Prepared:
+    """tokens: q1, k1, q2, k2, v, g1, beta1, g2, beta2, contiguous."""
+    q1, k1, q2, k2, _, g1, beta1, g2, beta2 = tokens
     rows, _, chunks = plan
     m, hv, c, dk = len(chunks), shapes.hv, shapes.chunk, shapes.dk
     dtype = torch.float32 if q1.dtype == torch.float32 else torch.bfloat16
@@ -66,60 +61,44 @@ def prepare(
         q1.new_empty(m, hv, FACTORS, c, dtype=torch.float32),
         q1.new_empty(m, hv, dtype=torch.float32),
     )
-    active = tuple(torch.empty_like(x) for x in tokens[:5]) if shapes.raw else tokens[:5]
     blocks = block_sizes("gdn_prepare", q1, shapes.width)
     gdn_prepare_kernel[(m * hv,)](
-        q1, k1, q2, k2, v, g1, beta1, g2, beta2, weights, rows, chunks, *out, *active,
+        q1, k1, q2, k2, g1, beta1, g2, beta2, weights, rows, chunks, *out,
         shapes.tokens, shapes.sequences,
-        H=shapes.h, HV=hv, DK=dk, DV=shapes.dv, K=shapes.k, C=c, BK=min(blocks.k, dk),
-        SCALE=dk**-0.5, EPS=NORM_EPS, RAW=shapes.raw, GATE_LAST=gate_after_norm,
-        PRECISION=dot_precision(q1),
+        H=shapes.h, HV=hv, DK=dk, K=shapes.k, C=c, BK=min(blocks.k, dk), SCALE=dk**-0.5,
+        EPS=NORM_EPS, GATE_LAST=gate_after_norm, PRECISION=dot_precision(q1),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return out, active
+    return out
 
 
 @triton.jit
 def gdn_prepare_kernel(
-    q1, k1, q2, k2, v, g1, beta1, g2, beta2, weights, rows, chunks, scores, solved, factors, decays,
-    q1_out, k1_out, q2_out, k2_out, v_out, T, B,
-    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, RAW: tl.constexpr,
-    GATE_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    q1, k1, q2, k2, g1, beta1, g2, beta2, weights, rows, chunks, scores, solved, factors, decays,
+    T, B,
+    H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, GATE_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_h, i_m = tl.program_id(0) % HV, tl.program_id(0) // HV
     i_s = tl.load(chunks + i_m)
     if i_s < 0:
         return
-    q, k, g, beta, q_out, k_out = q1, k1, g1, beta1, q1_out, k1_out
+    q, k, g, beta = q1, k1, g1, beta1
     if i_s >= B:
-        q, k, g, beta, q_out, k_out = q2, k2, g2, beta2, q2_out, k2_out
+        q, k, g, beta = q2, k2, g2, beta2
     mask, token, row = load_rows(rows, i_m, T, C)
     weight, _, _ = load_weights(weights, token, row, mask, T, K)
     i_c, i_k = tl.arange(0, C), tl.arange(0, BK)
-    if RAW:
-        v_tile = ((token * HV + i_h) * DV)[:, None] + i_k[None, :]
-        for block in range(0, DV, BK):
-            v_mask = (mask & (row < T))[:, None] & (block + i_k < DV)[None, :]
-            b_v = load_silu(v, v_tile + block, v_mask, RAW)
-            tl.store(v_out + v_tile + block, b_v.to(v_out.dtype.element_ty), mask=v_mask)
     tile = ((token * H + i_h // (HV // H)) * DK)[:, None] + i_k[None, :]
     dtype = scores.dtype.element_ty
     q_squares = tl.zeros([C], tl.float32)
     k_squares = tl.zeros([C], tl.float32)
     a = tl.zeros([C, C], tl.float32)
     n = tl.zeros([C, C], tl.float32)
-    first = mask[:, None]
-    if HV > H or K > 1:
-        # A token's rows are written by its first partition, the first value head of its group.
-        first &= (row < tl.where(i_h % (HV // H) == 0, 2 * T, 0))[:, None]
-    for block in range(DK // BK):
-        b_q = load_silu(q, tile + block * BK, mask[:, None], RAW).to(dtype)
-        if RAW:
-            tl.store(q_out + tile + block * BK, b_q.to(q_out.dtype.element_ty), mask=first)
-        b_k = load_silu(k, tile + block * BK, mask[:, None], RAW).to(dtype)
-        if RAW:
-            tl.store(k_out + tile + block * BK, b_k.to(k_out.dtype.element_ty), mask=first)
+    for block in tl.static_range(DK // BK):
+        b_q = tl.load(q + tile + block * BK, mask=mask[:, None], other=0.0).to(dtype)
+        b_k = tl.load(k + tile + block * BK, mask=mask[:, None], other=0.0).to(dtype)
         q_squares += tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), axis=1)
         k_squares += tl.sum(b_k.to(tl.float32) * b_k.to(tl.float32), axis=1)
         a = tl.dot(b_q, tl.trans(b_k), a, input_precision=PRECISION)

@@ -39,33 +39,33 @@ def gdn_forward(
     Writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 beta1 g2 beta2, contiguous.
     """
     v = tokens[4]
-    prepared, active = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
+    prepared = prepare(tokens, weights, plan, shapes, gate_after_norm=gate_after_norm)
     shared = torch.empty_like(v, dtype=torch.float32)
     sparse = v.new_empty(shapes.k, *v.shape)
     out = (shared, sparse, final_state, None, None)
-    _sweep("gdn_fwd", active, plan, prepared, initial_state, out, shapes)
+    _sweep("gdn_fwd", tokens, plan, prepared, initial_state, out, shapes)
     return shared, sparse
 
 
 def rebuild_states(
-    active: tuple[Tensor, ...],
+    tokens: tuple[Tensor, ...],
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
     initial_state: Tensor | None,
     shapes: GlaShapes,
 ) -> tuple[Tensor, Tensor]:
-    """h before every chunk [M, Hv, Dk, Dv] and x [M, Hv, C, Dv]; active: q1 k1 q2 k2 v."""
+    """h before every chunk [M, Hv, Dk, Dv] and x [M, Hv, C, Dv]."""
     m, heads = prepared.scores.shape[:2]
     states = prepared.scores.new_empty(m, heads, shapes.dk, shapes.dv)
     errors = prepared.scores.new_empty(m, heads, shapes.chunk, shapes.dv)
     out = (None, None, None, states, errors)
-    _sweep("gdn_states", active, plan, prepared, initial_state, out, shapes)
+    _sweep("gdn_states", tokens, plan, prepared, initial_state, out, shapes)
     return states, errors
 
 
 def _sweep(
     name: str,
-    active: tuple[Tensor, ...],
+    tokens: tuple[Tensor, ...],
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
     initial_state: Tensor | None,
@@ -73,12 +73,12 @@ def _sweep(
     shapes: GlaShapes,
 ) -> None:
     rows, segments, chunks = plan
-    v = active[4]
+    v = tokens[4]
     blocks = block_sizes(name, v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
     gdn_sweep_kernel[(blocks_v * shapes.hv * shapes.segments,)](
-        *active, *prepared, rows, segments, initial_state, *out,
+        *tokens[:5], *prepared, rows, segments, initial_state, *out,
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
