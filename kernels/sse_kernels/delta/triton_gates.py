@@ -69,7 +69,7 @@ def _tile(channels: int) -> tuple[int, int]:
     return max(_TILE // width, 1), width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gdn_gates_fwd_kernel(
     a, b, A_log, dt_bias, out, T,
     D: tl.constexpr, DP: tl.constexpr, BETA_SCALE: tl.constexpr, BLOCK: tl.constexpr,
@@ -86,7 +86,7 @@ def gdn_gates_fwd_kernel(
     tl.store(to + tl.full([], HV, tl.int64) * T, BETA_SCALE * s, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gdn_gates_bwd_kernel(
     a, b, A_log, dt_bias, dg1, dbeta1, dg2, dbeta2, da, db, rates, T,
     D: tl.constexpr, DP: tl.constexpr, BETA_SCALE: tl.constexpr, BLOCK: tl.constexpr,
