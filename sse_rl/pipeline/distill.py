@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 
 from sse_rl.data.corpus import PackedText, Rows
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.model import PackedInputs, SSEForCausalLM, load_balance_loss, packed_inputs
 from sse_rl.model.mixer import SSEMixer
 from sse_rl.recipe import Distill
@@ -47,6 +47,7 @@ def distill(
     seed: int,
     state: Path,
     progress: Progress | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Perplexities:
     """Train `student` in place, and `teacher` for `options.teacher_steps` first; the perplexity of
     every text in `held_out`, of the teacher as it came and as trained, and of the student as
@@ -58,8 +59,10 @@ def distill(
     Args:
         progress: called with (step, metrics) every `options.logging_steps`; steps count through
             all stages.
+        stopped: asked after every step whether to end.
 
     Raises:
+        Interrupted: as `stopped` asked; unless `options.save_steps` is 0, the state is saved.
         UserError: `state` is damaged, or there is no layer to align.
         FloatingPointError: a loss is not finite.
     """
@@ -89,7 +92,7 @@ def distill(
             if stage.name == ALIGNED and not resumed:
                 job.adopt()
                 job.centre_routers()
-            _train(job, stage, resumed, measured, done, state / STATE, progress)
+            _train(job, stage, resumed, measured, done, state / STATE, progress, stopped)
             measured[stage.name] = job.perplexities(job.learner(stage), held_out)
             if stage.name == TRAINED and options.save_steps:
                 _save(state / TEACHER, teacher.state_dict())
@@ -136,6 +139,7 @@ def _train(
     done: int,
     state: Path,
     progress: Progress | None,
+    stopped: Callable[[], bool],
 ) -> None:
     """All steps of a stage, from where `resumed` left it; `done` steps came before it."""
     options, learner = job.options, job.learner(stage)
@@ -173,17 +177,19 @@ def _train(
         adamw.step()
         schedule.step()
         adamw.zero_grad(set_to_none=True)
-        last = step + 1 == stage.steps
+        last, stop = step + 1 == stage.steps, stopped()
         if last or (step + 1) % options.logging_steps == 0:
             numbers = {name: float(x) for name, x in metrics.items()}
             _refuse_nonfinite(numbers, stage.name, step)
             if progress is not None:
                 speed = tokens / (time.monotonic() - began)
                 progress(done + step + 1, numbers | {"perf/tokens_per_s": speed})
-        if options.save_steps and (last or (step + 1) % options.save_steps == 0):
+        if options.save_steps and (last or stop or (step + 1) % options.save_steps == 0):
             kept = {"stage": stage.name, "step": step + 1, "measured": measured}
             parts = {"model": learner, "adamw": adamw, "schedule": schedule}
             _save(state, kept | {name: part.state_dict() for name, part in parts.items()})
+        if stop:
+            raise Interrupted
     learner.gradient_checkpointing_disable()
     learner.requires_grad_(learner is job.student).eval()
 

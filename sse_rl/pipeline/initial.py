@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.pipeline import cluster
 from sse_rl.pipeline.checkpoint import atomic_folder
 from sse_rl.recipe import Recipe
@@ -20,6 +20,8 @@ from sse_rl.report.console import RunConsole
 INIT, DISTILL, SFT = "init", "distill", "sft"
 PERPLEXITY = "perplexity.json"
 POLL_S = 1.0
+STOP_S = 60.0
+"""For a stage's last step and its state, once a run is asked to stop."""
 
 
 def initialise(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Path:
@@ -125,9 +127,14 @@ def _in_process(
     interrupted: Callable[[], None],
     console: RunConsole,
 ) -> None:
-    """Runs a stage's `body` on the learner's resources, unless its folder is there already."""
+    """Runs a stage's `body` on the learner's resources, unless its folder is there already.
+
+    If the run is interrupted, the file `<stage>.stop` asks the stage to save its state and end.
+    """
     if (run_dir / stage).exists():
         return
+    stop = stop_file(run_dir, stage)
+    stop.unlink(missing_ok=True)
     resources = recipe.cluster
     task = ray.remote(body).options(
         num_cpus=resources.learner_cpus,
@@ -137,10 +144,20 @@ def _in_process(
     )
     call = task.remote(recipe, str(run_dir), base)
     while not ray.wait([call], timeout=POLL_S)[0]:
-        interrupted()
+        try:
+            interrupted()
+        except Interrupted:
+            stop.touch()
+            ray.wait([call], timeout=STOP_S)
+            stop.unlink()
+            raise
         console.stage(stage, last_progress(run_dir / f"{stage}.jsonl"))
     metrics = cluster.get(call, f"the {stage} task")
     console.say(f"{stage} finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+
+def stop_file(run_dir: Path, stage: str) -> Path:
+    return run_dir / f"{stage}.stop"
 
 
 def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
@@ -162,6 +179,7 @@ def run_sft(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
         seed=recipe.seed if recipe.sft.seed is None else recipe.sft.seed,
         out=folder / SFT,
         progress=_start(recipe, folder / f"{SFT}.jsonl"),
+        stopped=stop_file(folder, SFT).exists,
     )
 
 
@@ -192,6 +210,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
         seed=recipe.seed,
         state=state,
         progress=progress,
+        stopped=stop_file(folder, DISTILL).exists,
     )
     with atomic_folder(folder / DISTILL) as target:
         student.save_pretrained(target)

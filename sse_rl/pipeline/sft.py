@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from sse_rl.data.problems import Problem
 from sse_rl.data.prompts import render, target
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.model.modeling import SSEForCausalLM
 from sse_rl.recipe import Data, Sft
 
@@ -34,6 +34,7 @@ def train_sft(
     seed: int,
     out: Path,
     progress: Progress | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Train `model` in place and save it with its tokenizer in folder `out`; the last metrics.
 
@@ -43,8 +44,10 @@ def train_sft(
 
     Args:
         progress: called with (step, metrics) every `sft.logging_steps`.
+        stopped: asked after every step whether to end.
 
     Raises:
+        Interrupted: as `stopped` asked; unless `sft.save_steps` is 0, a checkpoint is saved.
         UserError: no example fits into `sft.max_length`.
     """
     examples = encode(problems, tokenizer, data)
@@ -58,13 +61,15 @@ def train_sft(
         args=arguments(sft, seed, part),
         train_dataset=Dataset.from_list(kept),
         processing_class=tokenizer,
-        callbacks=[_Report(progress)] if progress else [],
+        callbacks=[_Stop(stopped), *([_Report(progress)] if progress else [])],
     )
     unfinished = get_last_checkpoint(str(part)) if sft.save_steps and part.is_dir() else None
     try:
         trainer.train(resume_from_checkpoint=unfinished)
     finally:
         trainer.release()
+    if trainer.state.global_step < sft.max_steps:
+        raise Interrupted
     finished = out.with_name(out.name + ".finished")
     shutil.rmtree(finished, ignore_errors=True)
     model.save_pretrained(finished)
@@ -132,6 +137,16 @@ class ColdStartTrainer(SFTTrainer):
 
     def _keep_aux(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._aux = output.aux_loss
+
+
+class _Stop(TrainerCallback):
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._stopped():
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
 
 
 class _Report(TrainerCallback):

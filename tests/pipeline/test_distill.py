@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sse_rl.data.corpus import PackedText
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.model import SSEForCausalLM
 from sse_rl.model.convert import as_softmax, convert
 from sse_rl.pipeline.distill import distill
@@ -107,6 +107,26 @@ def test_a_stop_does_not_change_the_weights(llama, whole, tmp_path: Path, stop: 
         run(llama, tmp_path / "state", progress=interrupt)
     resumed, again = run(llama, tmp_path / "state")
     assert again == whole[1]
+    for name, x in whole[0].state_dict().items():
+        assert torch.equal(x, resumed.state_dict()[name]), name
+
+
+def test_nothing_is_learned_twice_after_a_stop_that_was_asked_for(llama, whole, tmp_path: Path):
+    reported: list[int] = []
+
+    def part(stop: int | None) -> tuple[SSEForCausalLM, dict[str, dict[str, float]]]:
+        return run(
+            llama,
+            tmp_path / "state",
+            progress=lambda step, _: reported.append(step),
+            stopped=lambda: reported[-1:] == [stop],
+        )
+
+    for stop in (4, 8, 13):
+        with pytest.raises(Interrupted):
+            part(stop)
+    resumed, again = part(None)
+    assert reported == list(range(1, 17)) and again == whole[1]
     for name, x in whole[0].state_dict().items():
         assert torch.equal(x, resumed.state_dict()[name]), name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from datasets import Dataset
 
 from sse_rl.data.problems import Problem
 from sse_rl.data.tokenizer import byte_tokenizer
-from sse_rl.errors import UserError
+from sse_rl.errors import Interrupted, UserError
 from sse_rl.model import SSEConfig, SSEForCausalLM
 from sse_rl.pipeline.sft import ColdStartTrainer, arguments, encode, train_sft
 from sse_rl.recipe import Data, Sft, Source
@@ -185,6 +186,25 @@ def test_an_interrupted_cold_start_ends_in_the_same_weights(tmp_path: Path):
     assert same(whole, subject.state_dict())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sft", "whole"]
     assert metrics["loss"] > 0 and metrics["aux_loss"] > 0.9
+
+
+def test_a_cold_start_that_is_asked_to_stop_keeps_what_it_learned(tmp_path: Path):
+    sft = SFT.model_copy(update={"save_steps": 100})
+    rest = {"data": DATA, "sft": sft, "seed": 0, "out": tmp_path / "sft"}
+    steps: list[int] = []
+
+    def report(step: int, _: dict[str, float]) -> None:
+        steps.append(step)
+
+    def ask(stop: int) -> Callable[[], bool]:
+        return lambda: steps[-1:] == [stop]
+
+    with pytest.raises(Interrupted):
+        train_sft(model(), TOKENIZER, PROBLEMS, progress=report, stopped=ask(2), **rest)
+    subject = model()
+    train_sft(subject, TOKENIZER, PROBLEMS, progress=report, stopped=ask(0), **rest)
+    assert steps == [1, 2, 3, 4]
+    assert same(train(tmp_path / "whole"), subject.state_dict())
 
 
 def test_examples_longer_than_a_row_are_counted_and_none_left_is_refused(tmp_path: Path):
