@@ -123,7 +123,7 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+        options=blocks.options,
     )
     registers, spills = assembled(compiled.asm["ptx"])
     return {

@@ -25,6 +25,13 @@ class Blocks(NamedTuple):
     """Tile width along Dv."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Most registers of a thread, for more programs on a multiprocessor; None: as many as needed."""
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """How to launch, as triton names it."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 # fmt: off
@@ -68,7 +75,7 @@ MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
         "gla_prepare": {64: Blocks(128, 0, 4, 1), 256: Blocks(64, 0, 4, 1)},
         "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 1)},
         "gla_states": {64: Blocks(128, 128, 8, 2)},
-        "gla_dqk": {64: Blocks(64, 64, 8, 1)},
+        "gla_dqk": {64: Blocks(64, 64, 8, 1, 128)},
         "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 1)},
         "gdn_fwd": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 2)},
         "gdn_states": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 2)},
@@ -79,6 +86,9 @@ MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
     }
 }
 """Compute capability (major) -> entries that replace the safe ones."""
+
+_COMPILED = {8: {"gla_dqk": {64: Blocks(32, 32, 4, 1)}}}
+"""The same where no such GPU was measured, but the safe entries spill registers."""
 
 
 def block_sizes(kernel: str, x: Tensor, width: int) -> Blocks:
@@ -91,7 +101,8 @@ def block_sizes(kernel: str, x: Tensor, width: int) -> Blocks:
 @functools.cache
 def blocks_for(kernel: str, width: int, generation: int | None) -> Blocks:
     """The table's entry for a compute capability's major number; None: the safe entry."""
-    for table in (MEASURED.get(generation, {}).get(kernel, {}), _SAFE[kernel]):
+    for tables in (MEASURED.get(generation, {}), _COMPILED.get(generation or 0, {}), _SAFE):
+        table = tables.get(kernel, {})
         fitting = [w for w in table if w <= width]
         if fitting:
             return table[max(fitting)]

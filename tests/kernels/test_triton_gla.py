@@ -60,6 +60,14 @@ def test_inputs_of_several_dtypes_are_read_in_the_widest(make_case, difference):
     torch.testing.assert_close(found[0].double(), exact[0], rtol=4e-3, atol=1e-6)  # o's rounding
 
 
+def test_heads_wider_than_a_tile(make_case, difference):
+    shape = {"heads": 1, "value_heads": 2, "dk": 128, "dv": 16, "partitions": 2, "k": 2}
+    case = make_case("gla", [7], resumed=False, dtype=torch.float32, **shape)
+    steep = case.tokens["g2"].detach() * torch.tensor([1.0] * 100 + [400.0] * 28)
+    case.tokens["g2"] = steep.requires_grad_()
+    assert_agrees(case, difference)
+
+
 def test_packed_equals_alone_to_the_bit(make_case):
     shape = {"heads": 1, "dk": 16, "dv": 16, "partitions": 2}
     case = make_case("gla", [3, 66], dtype=torch.float32, **shape)

@@ -54,17 +54,17 @@ def gla_backward(
     gla_states_kernel[(tiles * heads * shapes.segments,)](
         prepared.k, prepared.scales, v, rows, segments, initial_state, h,
         t, shapes.sequences, len(chunks), N=shapes.n, BK=block_k, BV=block_v, RAW=shapes.raw,
-        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+        **blocks.options, **common,
     )  # fmt: skip
     blocks = block_sizes("gla_dstates", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     gla_dstates_kernel[(triton.cdiv(shapes.dv, block_v) * heads * shapes.segments,)](
         *prepared[:4], do, rows, segments, dfinal, dh, dinitial, dv,
         t, shapes.sequences, len(chunks), N=shapes.n, BV=block_v,
-        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+        **blocks.options, **common,
     )  # fmt: skip
 
-    slots = chunk_gradients(tokens, weights, plan, prepared, do, h, dh, shapes)
+    slots = chunk_gradients(tokens, weights, plan, prepared, (h, dh, dv), do, shapes)
     add_steep_gradients(tokens, weights, plan, prepared, do, dv, slots, shapes)
     dq1, dk1, dq2, dk2, dg1, dg2, dw = slots
     group = heads // shapes.h
@@ -76,7 +76,7 @@ def gla_backward(
         sum_slots(dv, v.dtype, silu_of=v if shapes.raw else None),
         sum_slots(dg1, g1.dtype, group=group),
         sum_slots(dg2, g2.dtype, group=group),
-        dw.sum(-1).to(weights.dtype),
+        dw.flatten(2).sum(-1).to(weights.dtype),
     )
     return gradients if dinitial is None else (*gradients, dinitial)
 

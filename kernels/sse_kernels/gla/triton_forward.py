@@ -48,7 +48,7 @@ def gla_forward(
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, RAW=shapes.raw, PRECISION=dot_precision(v),
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     add_steep_outputs(tokens, weights, plan, prepared, slots, shapes)
     return slots

@@ -10,7 +10,8 @@ The sum of dg is taken from the state at every chunk's end, so that rounding doe
 sequence. The products of a token with itself are rounded alike in dq and dk and cancel exactly.
 
 Of raw projections the gradients go on through the activations: dq silu'(q), dg sigmoid(-g) / 16
-and, with k the softmax, k (dk - sum_d k dk).
+and, with k the softmax, k (dk - sum_d k dk). A key meets its value in one product alone, so that
+sum_d k dk = sum_v v dv, and no program needs more than its own channels.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -36,7 +37,7 @@ from .triton_activate import (
 )
 from .triton_prepare import Prepared
 from .triton_shapes import GlaShapes, dot_precision
-from .triton_tiles import load_rows, load_weights, references
+from .triton_tiles import load_rows, load_weights
 
 
 def chunk_gradients(
@@ -44,44 +45,49 @@ def chunk_gradients(
     weights: Tensor,
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
+    swept: tuple[Tensor, Tensor, Tensor],
     do: Tensor,
-    h: Tensor,
-    dh: Tensor,
     shapes: GlaShapes,
 ) -> tuple[Tensor, ...]:
-    """Slots of dq1, dk1, dq2, dk2, dg1, dg2 [1 or K, T, Hv, Dk] and parts of dweights [T, K, Hv].
+    """Slots of dq1, dk1, dq2, dk2, dg1, dg2 [1 or K, T, Hv, Dk] and dweights [T, K, Hv, parts].
 
-    h, dh [M, Hv, Dk, Dv]; pairs inside steep chunks are left to triton_steep.
+    swept: h, dh [M, Hv, Dk, Dv] and the slots of dv; pairs inside steep chunks are left out, and
+    left to triton_steep.
     """
     q1, k1, q2, k2, v, g1, g2 = tokens
     rows, _, chunks = plan
+    h, dh, dv = swept
     t, k, heads, dk = shapes.tokens, shapes.k, shapes.hv, shapes.dk
+    blocks = block_sizes("gla_dqk", v, shapes.width)
+    block_k = min(blocks.k, dk)
     dq1, dk1 = (q1.new_empty(1, t, heads, dk) for _ in range(2))
     dq2, dk2 = (q1.new_empty(k, t, heads, dk) for _ in range(2))
     dtype = g1.dtype if shapes.raw else torch.float32
     dg1, dg2 = (g1.new_empty(s, t, heads, dk, dtype=dtype) for s in (1, k))
-    dw = weights.new_empty(t, k, heads, dtype=torch.float32)
-    blocks = block_sizes("gla_dqk", v, shapes.width)
-    gla_dqk_kernel[(len(chunks) * heads,)](
-        q1, k1, q2, k2, g1, g2, weights, prepared.norms, prepared.lowest, prepared.steep,
-        v, do, h, dh, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
+    dw = weights.new_empty(t, k, heads, dk // block_k, dtype=torch.float32)
+    gla_dqk_kernel[(len(chunks) * heads * (dk // block_k),)](
+        q1, k1, q2, k2, g1, g2, weights, *prepared, v, do, dv, h, dh, rows, chunks,
+        dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
         H=shapes.h, HV=heads, DK=dk, DV=shapes.dv, K=k, C=shapes.chunk,
-        BK=min(blocks.k, dk), BV=min(blocks.v, triton.next_power_of_2(shapes.dv)),
+        BK=block_k, BV=min(blocks.v, triton.next_power_of_2(shapes.dv)),
         SCALE=dk**-0.5, RAW=shapes.raw, TOPK=shapes.row_topk, PRECISION=dot_precision(v),
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     return dq1, dk1, dq2, dk2, dg1, dg2, dw
 
 
 @triton.jit
 def gla_dqk_kernel(
-    q1, k1, q2, k2, g1, g2, weights, norms, lowest, steep,
-    v, do, states, dstates, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
+    q1, k1, q2, k2, g1, g2, weights, q_in, k_in, scales, steep, norms, lowest,
+    v, do, dv, states, dstates, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALE: tl.constexpr,
     RAW: tl.constexpr, TOPK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_h, i_m = tl.program_id(0) % HV, tl.program_id(0) // HV
+    NK: tl.constexpr = DK // BK
+    i_part = tl.program_id(0) % NK
+    i_h = tl.program_id(0) // NK % HV
+    i_m = tl.program_id(0) // (NK * HV)
     i_s = tl.load(chunks + i_m)
     if i_s < 0:
         return
@@ -89,91 +95,82 @@ def gla_dqk_kernel(
     if i_s >= B:
         q, k, g, dq, dk, dg = q2, k2, g2, dq2, dk2, dg2
     row_mask, token, row = load_rows(rows, i_m, T, C)
-    weight, choice, sparse = load_weights(weights, token, row, row_mask, T, K)
-    mask = row_mask[:, None]
-    i_c, i_k, i_vd = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    i_c, i_k, i_vd = tl.arange(0, C), i_part * BK + tl.arange(0, BK), tl.arange(0, BV)
     i_head = i_h // (HV // H)
     head = i_m.to(tl.int64) * H + i_head
-    norm, low = load_limits(norms, lowest, head * C + i_c, RAW, TOPK)
-    v_tile = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
-    qk_tile = ((token * H + i_head) * DK)[:, None] + i_k[None, :]
-    out_row = tl.where(i_s >= B, row - T, row)
-    out_tile = ((out_row * HV + i_h) * DK)[:, None] + i_k[None, :]
+    v_at = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
     state_at = (i_m.to(tl.int64) * HV + i_h) * DK * DV + i_k[:, None] * DV + i_vd[None, :]
     dtype = states.dtype.element_ty
     b_d = tl.zeros([C, C], tl.float32)
     b_dt = tl.zeros([C, C], tl.float32)
+    b_dq = tl.zeros([C, BK], tl.float32)
+    b_dk = tl.zeros([C, BK], tl.float32)
+    h_dh = tl.zeros([BK], tl.float32)
     for first in range(0, DV, BV):
-        v_mask = mask & (first + i_vd < DV)[None, :]
-        b_v = load_values(v, v_tile + first, v_mask, RAW, dtype)
-        b_do = tl.load(do + v_tile + first, mask=v_mask, other=0.0).to(dtype)
+        v_mask = (first + i_vd < DV)[None, :]
+        mask = row_mask[:, None] & v_mask
+        b_v = load_values(v, v_at + first, mask, RAW, dtype)
+        b_do = tl.load(do + v_at + first, mask=mask, other=0.0).to(dtype)
+        b_h = tl.load(states + state_at + first, mask=v_mask, other=0.0)
+        b_dh = tl.load(dstates + state_at + first, mask=v_mask, other=0.0)
+        b_dq = tl.dot(b_do, tl.trans(b_h), b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(b_dh), b_dk, input_precision=PRECISION)
         # D^T is a product of its own: triton may not transpose one.
         b_d = tl.dot(b_do, tl.trans(b_v), b_d, input_precision=PRECISION)
         b_dt = tl.dot(b_v, tl.trans(b_do), b_dt, input_precision=PRECISION)
+        h_dh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), axis=1)
     flat = tl.load(steep + head) == 0
     b_d = tl.where((i_c[:, None] >= i_c[None, :]) & flat, b_d, 0.0).to(dtype)
     b_dt = tl.where((i_c[:, None] <= i_c[None, :]) & flat, b_dt, 0.0).to(dtype)
 
-    q_sum = tl.zeros([C], tl.float32)
-    k_sum = tl.zeros([C], tl.float32)
-    for block in range(0, DK, BK):
-        b_g = load_decays(g, qk_tile + block, mask, RAW)
-        total = tl.sum(b_g, axis=0)
-        _, r_q, r_k = references(total, 80.0)
-        b_sum = tl.cumsum(b_g, axis=0)
-        to_q = (weight * SCALE)[:, None] * tl.exp(b_sum - r_q[None, :])
-        to_k = weight[:, None] * tl.exp(r_k[None, :] - b_sum)
-        b_q = (load_silu(q, qk_tile + block, mask, RAW) * to_q).to(dtype)
-        keys = load_keys(k, qk_tile + block, mask, block + i_k, norm, low, RAW, TOPK)
-        b_k = (keys * to_k).to(dtype)
+    tile = head * C * DK + i_c[:, None] * DK + i_k[None, :]
+    b_q = tl.load(q_in + tile)
+    b_k = tl.load(k_in + tile)
+    scales_at = scales + head * 3 * DK + i_k
+    into, out = tl.load(scales_at), tl.load(scales_at + 2 * DK)
+    b_dk *= out[None, :]
+    dg_end = into * tl.load(scales_at + DK) * out * h_dh
+    dg_end += tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
+    b_dk = tl.dot(b_dt, b_q, b_dk, input_precision=PRECISION)
+    b_dq = tl.dot(b_d, b_k, b_dq * into[None, :], input_precision=PRECISION)
+    b_qdq, b_kdk = b_q.to(tl.float32) * b_dq, b_k.to(tl.float32) * b_dk
 
-        b_dk = tl.zeros([C, BK], tl.float32)
-        h_dh = tl.zeros([BK], tl.float32)
-        for first in range(0, DV, BV):
-            v_mask = (first + i_vd < DV)[None, :]
-            b_v = load_values(v, v_tile + first, mask & v_mask, RAW, dtype)
-            state_tile = state_at + block * DV + first
-            b_h = tl.load(states + state_tile, mask=v_mask, other=0.0)
-            b_dh = tl.load(dstates + state_tile, mask=v_mask, other=0.0)
-            b_dk = tl.dot(b_v, tl.trans(b_dh), b_dk, input_precision=PRECISION)
-            h_dh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), axis=1)
-        b_dk *= tl.exp(total - r_k)[None, :]
-        dg_end = tl.exp(total) * h_dh + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
-        b_dk = tl.dot(b_dt, b_q, b_dk, input_precision=PRECISION)
-        b_kdk = b_k.to(tl.float32) * b_dk
-        k_sum += tl.sum(b_kdk, axis=1)
-        if RAW:
-            b_dk = b_kdk - keys * k_sum[:, None] if BK == DK else b_kdk
-        else:
-            b_dk *= to_k
-        tl.store(dk + out_tile + block, b_dk.to(dk.dtype.element_ty), mask=mask)
-
-        b_dq = tl.zeros([C, BK], tl.float32)
-        for first in range(0, DV, BV):
-            v_mask = (first + i_vd < DV)[None, :]
-            b_do = tl.load(do + v_tile + first, mask=mask & v_mask, other=0.0).to(dtype)
-            b_h = tl.load(states + state_at + block * DV + first, mask=v_mask, other=0.0)
-            b_dq = tl.dot(b_do, tl.trans(b_h), b_dq, input_precision=PRECISION)
-        b_dq = tl.dot(b_d, b_k, b_dq * tl.exp(r_q)[None, :], input_precision=PRECISION)
-        b_qdq = b_q.to(tl.float32) * b_dq
-        q_sum += tl.sum(b_qdq, axis=1)
-        b_dq *= to_q
-        if RAW:
-            b_dq *= silu_slope(tl.load(q + qk_tile + block, mask=mask, other=0.0).to(tl.float32))
-        tl.store(dq + out_tile + block, b_dq.to(dq.dtype.element_ty), mask=mask)
-
-        b_dg = tl.cumsum(b_qdq - b_kdk, axis=0, reverse=True) + dg_end[None, :]
-        if RAW:
-            b_dg *= decay_slope(tl.load(g + qk_tile + block, mask=mask, other=0.0).to(tl.float32))
-        tl.store(dg + out_tile + block, b_dg.to(dg.dtype.element_ty), mask=mask)
-    if RAW and BK < DK:
-        # The softmax needs the sum over all blocks: what was stored is k dk.
-        tl.debug_barrier()
-        for block in range(0, DK, BK):
-            b_k = load_keys(k, qk_tile + block, mask, block + i_k, norm, low, RAW, TOPK)
-            b_dk = tl.load(dk + out_tile + block, mask=mask, other=0.0).to(tl.float32)
-            b_dk -= b_k * k_sum[:, None]
-            tl.store(dk + out_tile + block, b_dk.to(dk.dtype.element_ty), mask=mask)
+    # Read again behind a barrier, for there are no registers to keep it in.
+    tl.debug_barrier()
+    row_mask, token, row = load_rows(rows, i_m, T, C)
+    mask = row_mask[:, None]
+    weight, choice, sparse = load_weights(weights, token, row, row_mask, T, K)
+    b_dw = tl.sum(b_qdq + b_kdk, axis=1)
     # A weight that underflowed to 0 has no gradient behind its softmax either.
-    b_dw = tl.where(weight > 0, (q_sum + k_sum) / tl.where(weight > 0, weight, 1.0), 0.0)
-    tl.store(dw + choice * HV + i_h, b_dw, mask=sparse)
+    b_dw = tl.where(weight > 0, b_dw / tl.where(weight > 0, weight, 1.0), 0.0)
+    tl.store(dw + (choice * HV + i_h) * NK + i_part, b_dw, mask=sparse)
+
+    qk_at = ((token * H + i_head) * DK)[:, None] + i_k[None, :]
+    out_row = tl.where(i_s >= B, row - T, row)
+    out_at = ((out_row * HV + i_h) * DK)[:, None] + i_k[None, :]
+    b_dg = tl.cumsum(b_qdq - b_kdk, axis=0, reverse=True) + dg_end[None, :]
+    if RAW:
+        k_dk = tl.zeros([C], tl.float32)
+        for first in range(0, DV, BV):
+            v_mask = mask & (first + i_vd < DV)[None, :]
+            v_at = ((token * HV + i_h) * DV)[:, None] + first + i_vd[None, :]
+            dv_at = ((row * HV + i_h) * DV)[:, None] + first + i_vd[None, :]
+            b_dv = tl.load(dv + dv_at, mask=v_mask, other=0.0).to(tl.float32)
+            k_dk += tl.sum(load_silu(v, v_at, v_mask, RAW) * b_dv, axis=1)
+        norm, low = load_limits(norms, lowest, head * C + i_c, RAW, TOPK)
+        b_dk = b_kdk - load_keys(k, qk_at, mask, i_k, norm, low, RAW, TOPK) * k_dk[:, None]
+        tl.store(dk + out_at, b_dk.to(dk.dtype.element_ty), mask=mask)
+        b_dg *= decay_slope(tl.load(g + qk_at, mask=mask, other=0.0).to(tl.float32))
+        b_dq *= silu_slope(tl.load(q + qk_at, mask=mask, other=0.0).to(tl.float32))
+    tl.store(dg + out_at, b_dg.to(dg.dtype.element_ty), mask=mask)
+
+    b_g = load_decays(g, qk_at, mask, RAW)
+    total, b_sum = tl.sum(b_g, axis=0), tl.cumsum(b_g, axis=0)
+    through = tl.load(scales_at + DK)
+    # 1 in all but steep channels: which those are, triton_prepare decides (`references`).
+    half = tl.where(through == 1.0, 0.5 * total, 0.0)
+    b_dq *= (weight * SCALE)[:, None] * tl.exp(b_sum - half[None, :])
+    tl.store(dq + out_at, b_dq.to(dq.dtype.element_ty), mask=mask)
+    if not RAW:
+        b_dk *= weight[:, None] * tl.exp(tl.where(through == 1.0, half, total)[None, :] - b_sum)
+        tl.store(dk + out_at, b_dk.to(dk.dtype.element_ty), mask=mask)

@@ -66,7 +66,7 @@ def prepare(
         shapes.tokens, shapes.sequences,
         H=h, DK=dk, K=shapes.k, C=c, BK=min(blocks.k, dk), SCALE=dk**-0.5,
         RAW=shapes.raw, TOPK=shapes.row_topk,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     return out
 

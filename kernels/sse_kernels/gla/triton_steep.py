@@ -53,10 +53,11 @@ def add_steep_gradients(
     gradients: tuple[Tensor, ...],
     shapes: GlaShapes,
 ) -> None:
-    """The same for the slots of dv and of what `chunk_gradients` returned."""
+    """The same for the slots of dv and of what `chunk_gradients` returned, dweights' first part."""
     gla_steep_bwd_kernel[(len(plan[2]),)](
         *tokens, weights, plan[0], plan[2], prepared.steep, prepared.norms, prepared.lowest,
-        do, dv, *gradients, shapes.tokens, shapes.sequences, **_constants(shapes), num_warps=8,
+        do, dv, *gradients, shapes.tokens, shapes.sequences, PARTS=gradients[-1].shape[-1],
+        **_constants(shapes), num_warps=8,
     )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def gla_steep_bwd_kernel(
     do, dv, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
     H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SCALE: tl.constexpr,
-    RAW: tl.constexpr, TOPK: tl.constexpr,
+    RAW: tl.constexpr, TOPK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0)
     i_s = tl.load(chunks + i_m)
@@ -183,7 +184,7 @@ def gla_steep_bwd_kernel(
             _add(dk + qk_out, b_dk, qk_mask)
             _add(dg + qk_out, b_dg, qk_mask)
             _add(dv + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :], b_dv, v_mask)
-            _add(dw + choice * HV + i_h, b_dw, sparse)
+            _add(dw + (choice * HV + i_h) * PARTS, b_dw, sparse)
 
 
 @triton.jit
