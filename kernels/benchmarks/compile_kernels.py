@@ -38,6 +38,7 @@ from triton.compiler import ASTSource
 
 KERNELS = {
     "gla_prepare": triton_prepare.gla_prepare_kernel,
+    "gla_prepare_raw": triton_prepare.gla_prepare_kernel,
     "gla_fwd": triton_forward.gla_fwd_kernel,
     "gla_states": triton_backward.gla_states_kernel,
     "gla_dstates": triton_backward.gla_dstates_kernel,
@@ -99,7 +100,8 @@ def compile_kernel(name: str, width: int, capability: int) -> dict[str, object]:
     constants = {
         "H": 16, "HV": 16, "DK": width, "DKP": width, "DV": width, "K": 1, "N": 4, "C": 64,
         "BK": min(blocks.k, width), "BV": min(blocks.v, width), "SCALE": width**-0.5,
-        "RAW": True, "TOPK": 0, "PRECISION": "tf32", "EPS": NORM_EPS, "GATE_LAST": False,
+        "RAW": name != "gla_prepare", "TOPK": 0, "PRECISION": "tf32", "EPS": NORM_EPS,
+        "GATE_LAST": False,
         "DVP": width, "NP": 4, "BETA_SCALE": 1.0, "TEMPERATURE": 16, "UNIT_EPS": NORM_EPS,
         "STAGES": blocks.stages, "D": 16 * width, "NB": 4, "DB": 512, "KEYS": 16 * width,
         "VALUES": 16 * width, "R": width, "RP": width, "RATES": 32, "DR": 16, "DRP": 64, "W": 4,

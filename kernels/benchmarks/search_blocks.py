@@ -52,6 +52,7 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "gla_prepare": Kernel("sse_gla", along_k=True),
+    "gla_prepare_raw": Kernel("sse_gla_layer", along_k=True, traced="gla_prepare"),
     "gla_fwd": Kernel("sse_gla", along_v=True),
     "gla_states": Kernel("sse_gla", along_k=True, along_v=True),
     "gla_dstates": Kernel("sse_gla", along_v=True),
@@ -76,7 +77,8 @@ class Candidate(NamedTuple):
 
 
 def candidates(kernel: str, width: int) -> Iterator[Candidate]:
-    """The table's own, then tiles of 64 to `width` channels, 4 or 8 warps, 1 to 3 stages."""
+    """The table's own, then tiles of 64 to `width` channels, 4 or 8 warps, 1 to 3 stages, and
+    registers as needed or for one program more on a multiprocessor."""
     yield Candidate(kernel, width, None)
     if KERNELS[kernel].call.endswith("_step"):
         for v, warps in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8)):
@@ -85,15 +87,18 @@ def candidates(kernel: str, width: int) -> Iterator[Candidate]:
     widths = [w for w in (64, 128, 256) if w <= width]
     along_k = widths if KERNELS[kernel].along_k else [0]
     along_v = [w for w in widths if w <= 128] if KERNELS[kernel].along_v else [0]
-    for choice in itertools.product(along_k, along_v, (4, 8), (1, 2, 3)):
-        yield Candidate(kernel, width, Blocks(*choice))
+    for k, v, (warps, most), stages in itertools.product(
+        along_k, along_v, ((4, 168), (8, 128)), (1, 2, 3)
+    ):
+        for registers in (None, most):
+            yield Candidate(kernel, width, Blocks(k, v, warps, stages, registers))
 
 
 @functools.lru_cache(maxsize=1)
 def workload(call: str, width: int, length: int) -> Callable[[], list[Tensor]]:
     """A call with 2048 channels a token, 8 sequences of `length`; returns what it computes."""
     function, heads = getattr(sse_kernels, call), 2048 // width
-    variant = call.split("_")[1]
+    variant = call.removeprefix("sse_").removesuffix("_step")
     if not call.endswith("_step"):
         problem = Problem(variant, MAIN._replace(length=length, h=heads, d=width))
         return lambda: list(problem.both(function).values())

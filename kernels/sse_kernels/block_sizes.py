@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
-    """Most registers of a thread, for more programs on a multiprocessor; None: as many as needed."""
+    """Most registers a thread may take, for more programs at a time; None: as it needs."""
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -37,6 +37,7 @@ class Blocks(NamedTuple):
 # fmt: off
 _SAFE = {
     "gla_prepare": {1: Blocks(64, 0, 2, 1), 64: Blocks(64, 0, 4, 1)},
+    "gla_prepare_raw": {1: Blocks(64, 0, 2, 1), 64: Blocks(64, 0, 4, 1)},
     "gla_fwd": {
         1: Blocks(0, 64, 2, 1),
         64: Blocks(0, 64, 4, 1),
@@ -72,11 +73,12 @@ bf16 columns into warpgroup instructions that read shared memory out of bounds.
 
 MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
     9: {
-        "gla_prepare": {64: Blocks(128, 0, 4, 1), 256: Blocks(64, 0, 4, 1)},
-        "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 1)},
-        "gla_states": {64: Blocks(128, 128, 8, 2)},
+        "gla_prepare": {64: Blocks(128, 0, 4, 1), 256: Blocks(64, 0, 4, 1, 168)},
+        "gla_prepare_raw": {64: Blocks(64, 0, 8, 1, 128)},
+        "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
+        "gla_states": {64: Blocks(128, 128, 8, 2, 128)},
         "gla_dqk": {64: Blocks(64, 64, 8, 1, 128)},
-        "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 8, 1)},
+        "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
         "gdn_fwd": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 2)},
         "gdn_states": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 2)},
         "gdn_dstates": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 1)},

@@ -51,8 +51,8 @@ def chunk_gradients(
 ) -> tuple[Tensor, ...]:
     """Slots of dq1, dk1, dq2, dk2, dg1, dg2 [1 or K, T, Hv, Dk] and dweights [T, K, Hv, parts].
 
-    swept: h, dh [M, Hv, Dk, Dv] and the slots of dv; pairs inside steep chunks are left out, and
-    left to triton_steep.
+    swept: h, dh [M, Hv, Dk, Dv] and the slots of dv. Pairs inside steep chunks are left to
+    triton_steep.
     """
     q1, k1, q2, k2, v, g1, g2 = tokens
     rows, _, chunks = plan

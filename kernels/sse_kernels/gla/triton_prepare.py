@@ -60,7 +60,7 @@ def prepare(
         q1.new_empty((m, h, c) if shapes.raw else 0, dtype=torch.float32),
         q1.new_empty((m, h, c) if shapes.row_topk else 0, dtype=torch.int64),
     )
-    blocks = block_sizes("gla_prepare", q1, shapes.width)
+    blocks = block_sizes("gla_prepare_raw" if shapes.raw else "gla_prepare", q1, shapes.width)
     gla_prepare_kernel[(m * h,)](
         q1, k1, q2, k2, g1, g2, weights, rows, chunks, *out,
         shapes.tokens, shapes.sequences,
@@ -99,7 +99,7 @@ def gla_prepare_kernel(
         i_row = tl.arange(0, DK)
         norm, low = key_limits(k, row_at + i_row[None, :], mask, i_row, TOPK)
     steep = 0
-    for block in tl.static_range(0, DK, BK):
+    for block in range(0, DK, BK):
         tile = row_at + block + i_k[None, :]
         b_g = load_decays(g, tile, mask, RAW)
         b_q = load_silu(q, tile, mask, RAW)
