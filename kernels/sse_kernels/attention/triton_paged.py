@@ -164,7 +164,7 @@ def paged_attention_kernel(
             n = j + tl.arange(0, BN)
             if PAGE % BN == 0:
                 page = tl.sum(tl.where(i_p == j // PAGE - span // PAGE, pages, 0), axis=0)
-            else:
+            else:  # not tl.gather: in this loop triton 3.6 reads beyond its shared memory
                 mine = i_p[None, :] == (n // PAGE - span // PAGE)[:, None]
                 page = tl.sum(tl.where(mine, pages[None, :], 0), axis=1)
             inside = n < high
