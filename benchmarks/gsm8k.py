@@ -164,7 +164,7 @@ def draw_page() -> None:
 def section(result: dict[str, Any], drawn: list[str]) -> str:
     """A run: what it is of, perplexities, scores, gain, where the time went, curves, answers."""
     name, throughput = result["name"], result["summary"].get("throughput", {})
-    texts = list(next(iter(result["perplexity"].values()), {}))
+    summary, texts = result["summary"], list(next(iter(result["perplexity"].values()), {}))
     perplexity = [[m, *(f"{t[x]:.4g}" for x in texts)] for m, t in result["perplexity"].items()]
     spent = ", ".join(
         f"{throughput[key]:.2f} s in {what}"
@@ -174,10 +174,15 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
     parts = [
         f"## {name}\n",
         f"{result['device']}, torch {result['torch']}, {result['date']}, commit "
-        f"{result['commit']}, `{result['command']}`; {result['summary'].get('steps', 0)} steps, "
-        f"{result['summary'].get('wall_s', 0) / 60:.1f} minutes, evaluations included.\n",
+        f"{result['commit']}, `{result['command']}`; {summary.get('steps', 0)} steps of GRPO, "
+        f"{summary.get('wall_s', 0) / 60:.1f} minutes, evaluations included; "
+        f"{summary.get('status', 'unfinished')}.\n",
+        *(f"{note}\n" for note in result.get("notes", ())),
         _table(["perplexity", *texts], perplexity) if perplexity else "",
-        _table(SCORED, [_scored(*entry) for entry in result["evaluations"].items()]),
+        signal(summary),
+        _table(SCORED, [_scored(*entry) for entry in result["evaluations"].items()])
+        if result["evaluations"]
+        else "",
         *(
             f"Gain of {protocol}: {100 * gain['difference']:+.1f} points, 95 % between "
             f"{100 * gain['interval'][0]:+.1f} and {100 * gain['interval'][1]:+.1f}, "
@@ -189,6 +194,18 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
         samples(result),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def signal(summary: dict[str, Any]) -> str:
+    """What the cold start could do of the training prompts, if that was measured."""
+    found = summary.get("difficulty")
+    if not found:
+        return ""
+    rates = ", ".join(f"{k} {_percent(v)}" for k, v in found.items() if k.startswith("pass@"))
+    return (
+        f"Before GRPO, of {found['prompts']} training prompts: {rates}; "
+        f"{_percent(found['mixed'])} answered both right and wrong.\n"
+    )
 
 
 def _scored(name: str, scores: dict[str, Any]) -> list[str]:
@@ -217,7 +234,10 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 def pictures(result: dict[str, Any]) -> dict[str, str]:
     """Name -> SVG, of what the run logged."""
     last = result["steps"][-1]["step"] if result["steps"] else 0
+    imitated = [(row["step"], row["kl"]) for row in result["distill"] if "kl" in row]
     drawn = {}
+    if imitated:
+        drawn["distillation"] = _standalone(draw([Curve("KL(teacher, student)", imitated)]))
     for name, keys in CURVES.items():
         curves = []
         for key in keys:
