@@ -7,6 +7,9 @@ with one layer in four softmax attention. Random prompts of 200 tokens, 8 answer
 each, as many samples as the batch says, all running together. The second of two such rollouts is
 timed; the first captures the graphs. Of a step at the full batch it also says how long the GPU
 takes when the same graph is replayed, and what the GPU does in it.
+
+With `--queue 4` also what evaluations ask for: four times as many samples as slots, which end at
+random after 120 tokens on the average, so that others take their places all the time.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -60,6 +64,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--answers", type=int, default=8)
+    parser.add_argument("--queue", type=int, default=0, help="samples a slot")
     parser.add_argument("--state-dtype", default="float32")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--variant", choices=["gla", "gdn"], default="gla")
@@ -69,14 +74,16 @@ def main() -> None:
     rows = []
     for name in options.models:
         for batch in options.batches:
-            rows.append(run(name, batch, options))
-            print(json.dumps(rows[-1]), flush=True)
+            measured = [run(name, batch, options)] if options.tokens else []
+            measured += [queue(name, batch, n, options) for n in (1, 8) if options.queue]
+            print(*map(json.dumps, measured), sep="\n", flush=True)
+            rows += measured
             write(options, rows)
 
 
 def run(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Two rollouts of one model and batch; the figures of the second."""
-    engine = build(name, batch, options)
+    engine = build(name, batch, options, options.tokens)
     seconds, before = [], engine.stats
     for seed in range(2):
         before = replace(engine.stats)
@@ -98,7 +105,34 @@ def run(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def build(name: str, batch: int, options: argparse.Namespace) -> Engine:
+def queue(name: str, batch: int, answers: int, options: argparse.Namespace) -> dict[str, Any]:
+    """More samples than slots, `answers` a prompt, whose lengths are random: one id in 120 ends
+    a sample, and random weights sample all alike."""
+    longest = 256
+    vocabulary = MODELS[name]["vocab_size"]
+    engine = build(name, batch, options, longest, range(1 + vocabulary // 120))
+    params = SamplingParams(n=answers, max_tokens=longest, top_p=options.top_p)
+    for samples in (batch, batch * options.queue):
+        asked = prompts(engine, samples // answers, options.prompt_tokens, seed=samples)
+        before, began = replace(engine.stats), time.perf_counter()
+        engine.generate([Request(str(i), ids, params) for i, ids in enumerate(asked)])
+    seconds, after = time.perf_counter() - began, engine.stats
+    steps = after.decode_steps - before.decode_steps
+    fed = after.decode_tokens - before.decode_tokens
+    return {
+        "case": f"{name}, batch {batch}, {options.queue} samples a slot, {answers} a prompt",
+        "tokens_per_s": (after.tokens - before.tokens) / seconds,
+        "answers_per_s": samples / seconds,
+        "mean_tokens": (after.tokens - before.tokens) / samples,
+        "prefills": after.prefills - before.prefills,
+        "decode_steps": steps,
+        "slot_use": fed / steps / batch,
+    }
+
+
+def build(
+    name: str, batch: int, options: argparse.Namespace, tokens: int, ends: Iterable[int] = (0,)
+) -> Engine:
     torch.manual_seed(0)
     config = SSEConfig(
         num_sparse_partition=4,
@@ -111,23 +145,20 @@ def build(name: str, batch: int, options: argparse.Namespace) -> Engine:
     with torch.device(options.device):
         model = SSEForCausalLM(config)
     model = model.to(options.device, torch.bfloat16).requires_grad_(False)
-    longest = options.prompt_tokens + options.tokens
+    longest = options.prompt_tokens + tokens
     return Engine(
         model,
         max_num_seqs=batch,
         num_pages=(batch + 1) * -(-longest // PAGE) + 1,
         page_size=PAGE,
         max_num_batched_tokens=16384,
-        eos_token_ids=(0,),
+        eos_token_ids=ends,
         max_model_len=longest,
         state_dtype=getattr(torch, options.state_dtype),
     )
 
 
 def requests(engine: Engine, batch: int, options: argparse.Namespace, seed: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch // options.answers, options.prompt_tokens)
-    prompts = torch.randint(1, engine._vocab_size, shape, generator=generator).tolist()
     params = SamplingParams(
         n=options.answers,
         max_tokens=options.tokens,
@@ -135,7 +166,14 @@ def requests(engine: Engine, batch: int, options: argparse.Namespace, seed: int)
         seed=seed,
         top_p=options.top_p,
     )
-    return [Request(str(i), tuple(ids), params) for i, ids in enumerate(prompts)]
+    asked = prompts(engine, batch // options.answers, options.prompt_tokens, seed=seed)
+    return [Request(str(i), ids, params) for i, ids in enumerate(asked)]
+
+
+def prompts(engine: Engine, count: int, tokens: int, *, seed: int) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(1, engine._vocab_size, (count, tokens), generator=generator)
+    return [tuple(ids) for ids in drawn.tolist()]
 
 
 def step_times(engine: Engine) -> dict[str, Any]:

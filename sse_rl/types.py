@@ -32,6 +32,9 @@ class SamplingParams:
     """Token ids that end a completion, besides the model's own end tokens."""
     ignore_eos: bool = False
     seed: int = 0
+    seeds: tuple[int, ...] = ()
+    """One for each of the n completions, in place of `seed`: each is then the one that a request of
+    its own with that seed would get."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,17 @@ class SSEModel(SSEPreTrainedModel):
         self.embeddings = value
 
     def packed(
-        self, tokens: Tensor, seqs: PackedInputs, *, keep_layers: bool = False
+        self,
+        tokens: Tensor,
+        seqs: PackedInputs,
+        *,
+        keep_layers: bool = False,
+        between: Callable[[], None] | None = None,
     ) -> PackedOutput:
-        """tokens [T] ids, or [T, d] embeddings, of the sequences that `seqs` describes."""
+        """tokens [T] ids, or [T, d] embeddings, of the sequences that `seqs` describes.
+
+        between: called after each layer; it may run the model on other slots of the cache.
+        """
         x = tokens if tokens.is_floating_point() else self.embeddings(tokens)
         ids: list[Tensor] = []
         probs: list[Tensor] = []
@@ -164,6 +173,8 @@ class SSEModel(SSEPreTrainedModel):
             if layer_ids is not None and layer_probs is not None:
                 ids.append(layer_ids.to(torch.uint8))
                 probs.append(layer_probs)
+            if between is not None:
+                between()
         shape = (x.shape[0], 0, self.config.num_writer)
         routing = torch.stack(ids, 1) if ids else x.new_empty(shape, dtype=torch.uint8)
         return PackedOutput(self.norm(x), routing, probs, kept)
@@ -272,9 +283,16 @@ class SSEForCausalLM(SSEPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def packed(self, input_ids: Tensor, seqs: PackedInputs) -> PackedOutput:
-        """input_ids [T] of the sequences that `seqs` describes; advances `seqs.cache` in place."""
-        return self.model.packed(input_ids, seqs)
+    def packed(
+        self,
+        input_ids: Tensor,
+        seqs: PackedInputs,
+        *,
+        between: Callable[[], None] | None = None,
+    ) -> PackedOutput:
+        """input_ids [T] of the sequences that `seqs` describes; advances `seqs.cache` in place.
+        `between` is called after each layer."""
+        return self.model.packed(input_ids, seqs, between=between)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] after the final norm -> fp32 logits [..., V], never rounded to less."""

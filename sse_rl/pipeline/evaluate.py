@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from sse_rl.types import Completion, Request, SamplingParams
 
 CHANNEL = "eval"
 POLL_S = 1.0
+SHARING = 8
+"""Samples whose prompt is prefilled once, at most: with more, few problems leave workers idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +70,45 @@ class PoolGenerator:
 
     def generate(self, requests: Sequence[SampleRequest]) -> Iterator[SampleOutput]:
         """Raises UserError, before the first sample, where prompt and answer exceed the context."""
-        asked = {}
+        asked: dict[str, tuple[str, dict[int, SampleRequest]]] = {}
         self._calls += 1  # a late answer to a call that was given up must not pass for one of this
-        for number, request in enumerate(requests):
-            prompt = self.render(request.messages)
+        for number, samples in enumerate(_batches(requests)):
+            first = samples[0]
+            prompt = self.render(first.messages)
             token_ids = self.prompter.token_ids(prompt)
-            if self.max_context and len(token_ids) + request.max_tokens > self.max_context:
+            if self.max_context and len(token_ids) + first.max_tokens > self.max_context:
                 raise UserError(
-                    f"problem {request.id}: its prompt of {len(token_ids)} tokens and max_tokens "
-                    f"{request.max_tokens} exceed the model's context of {self.max_context}: lower "
+                    f"problem {first.id}: its prompt of {len(token_ids)} tokens and max_tokens "
+                    f"{first.max_tokens} exceed the model's context of {self.max_context}: lower "
                     "--max-tokens"
                 )
             name = f"{CHANNEL}/{self._calls}/{number}"
-            asked[name] = (request, prompt)
+            asked[name] = prompt, dict(enumerate(samples))
             params = SamplingParams(
-                temperature=request.temperature,
-                top_p=request.top_p,
-                max_tokens=request.max_tokens,
+                n=len(samples),
+                temperature=first.temperature,
+                top_p=first.top_p,
+                max_tokens=first.max_tokens,
                 stop=self.stop,
                 stop_token_ids=self.stop_token_ids,
-                seed=request.seed,
+                seeds=tuple(request.seed for request in samples),
             )
-            self.pool.submit(Request(name, token_ids, params))
+            self.pool.submit(Request(name, token_ids, params), apart=True)
+        wanted, ready = len(requests), deque[Completion]()
         try:
-            while asked:
+            while wanted:
                 self.interrupted()
-                for (completion,) in self.pool.poll(CHANNEL, POLL_S):
-                    yield self._output(completion, *asked.pop(completion.request_id))
+                # What is yielded is graded before the next: the workers must not wait for that.
+                for (completion,) in self.pool.poll(CHANNEL, 0.0 if ready else POLL_S):
+                    ready.append(completion)
+                if not ready:
+                    continue
+                completion = ready.popleft()
+                prompt, samples = asked[completion.request_id]
+                request = samples.pop(completion.index, None)
+                if request is not None:  # a lost worker's samples come again
+                    wanted -= 1
+                    yield self._output(completion, request, prompt)
         finally:
             self.pool.cancel(CHANNEL)
 
@@ -108,6 +124,12 @@ class PoolGenerator:
             prompt=prompt,
             cuts={b: len(decode(ids[:b])) for b in request.budgets if b < len(ids)},
         )
+
+
+def _batches(requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
+    """Neighbours that differ in sample and seed alone, `SHARING` at most."""
+    alike = [list(group) for _, group in groupby(requests, lambda r: replace(r, sample=0, seed=0))]
+    return [group[i : i + SHARING] for group in alike for i in range(0, len(group), SHARING)]
 
 
 def make_pool(spec: EngineSpec) -> RolloutPool:

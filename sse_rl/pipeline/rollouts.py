@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 ADVANCE_BUDGET_S = 1.0
 """How long a worker decodes before it looks for new requests or weights."""
 
-AHEAD = 1.25
-"""What a worker is given to do, in what it can decode together: the rest waits in its engine for
-slots that become free between two calls."""
+AHEAD = 1.5
+"""What a worker is given to do, in samples that it can decode together: the rest waits in its
+engine for slots that become free between two calls."""
 
 
 @dataclass(slots=True)
@@ -38,13 +38,11 @@ class _Worker:
     """Assigned but not sent yet."""
     outstanding: dict[str, Request] = field(default_factory=dict)
     """Assigned and not finished, the outbox included."""
+    load: int = 0
+    """Samples assigned and not finished."""
     call: Any = None
     """The `advance` in flight, and since when."""
     called_at: float = 0.0
-
-    @property
-    def load(self) -> int:
-        return sum(request.params.n for request in self.outstanding.values())
 
 
 class RolloutPool:
@@ -72,6 +70,7 @@ class RolloutPool:
         self._queue: deque[Request] = deque()
         self._finished: dict[str, list[list[Completion]]] = {}
         self._partial: dict[str, dict[int, Completion]] = {}
+        self._apart: set[str] = set()
         self._weights: tuple[WeightsIndex, Any] | None = None
         self.restarts = 0
 
@@ -80,15 +79,6 @@ class RolloutPool:
         """What `set_weights` was given last."""
         assert self._weights is not None
         return self._weights
-
-    def in_flight(self, channel: str) -> int:
-        """Requests submitted on a channel and not yet given back."""
-        waiting = [
-            *self._queue,
-            *(r for worker in self._workers for r in worker.outstanding.values()),
-        ]
-        unfinished = sum(_channel(request.request_id) == channel for request in waiting)
-        return unfinished + len(self._finished.get(channel, []))
 
     def set_weights(self, index: WeightsIndex, buffer: Any) -> None:
         """Load a version into every worker before its next step; `buffer` is a reference."""
@@ -102,25 +92,33 @@ class RolloutPool:
             except _Lost as lost:
                 self._replace(worker, lost)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; what stands before the first `/` of its id names its channel."""
+    def submit(self, request: Request, *, apart: bool = False) -> None:
+        """Queue a request; what stands before the first `/` of its id names its channel.
+
+        apart: give its completions back one by one as they end. If a worker is lost, those that
+        were given back may come again.
+        """
         self._queue.append(request)
+        if apart:
+            self._apart.add(request.request_id)
 
     def cancel(self, channel: str) -> None:
         """Forget a channel's requests, wherever they are."""
         self._queue = deque(r for r in self._queue if _channel(r.request_id) != channel)
         self._finished.pop(channel, None)
+        self._apart = {name for name in self._apart if _channel(name) != channel}
         for worker in self._workers:
             names = [name for name in worker.outstanding if _channel(name) == channel]
             for name in names:
-                del worker.outstanding[name]
-                self._partial.pop(name, None)
+                request = worker.outstanding.pop(name)
+                worker.load -= request.params.n - len(self._partial.pop(name, ()))
             worker.outbox = [r for r in worker.outbox if r.request_id in worker.outstanding]
             if names:
                 worker.actor.abort.remote(names)
 
     def poll(self, channel: str, timeout_s: float) -> list[list[Completion]]:
-        """A channel's requests that finished, each with its n completions in order.
+        """A channel's requests that finished, each with its n completions in order; of those that
+        were submitted to come apart one completion each.
 
         Waits `timeout_s` at most; what other channels finish meanwhile is kept for them.
         """
@@ -162,11 +160,12 @@ class RolloutPool:
     def _dispatch(self) -> None:
         while self._queue:
             worker = min(self._workers, key=lambda worker: worker.load)
-            if worker.load and worker.load + self._queue[0].params.n > AHEAD * self._capacity:
+            if worker.load >= AHEAD * self._capacity:
                 break
             request = self._queue.popleft()
             worker.outbox.append(request)
             worker.outstanding[request.request_id] = request
+            worker.load += request.params.n
         for worker in self._workers:
             if worker.call is None and worker.outstanding:
                 worker.call = worker.actor.advance.remote(worker.outbox, ADVANCE_BUDGET_S)
@@ -179,12 +178,18 @@ class RolloutPool:
             name = completion.request_id
             if name not in worker.outstanding:  # cancelled meanwhile
                 continue
+            worker.load -= 1
             samples = self._partial.setdefault(name, {})
             samples[completion.index] = completion
+            if name in self._apart:
+                finished.append([completion])
             if len(samples) == worker.outstanding[name].params.n:
                 del worker.outstanding[name]
                 done = self._partial.pop(name)
-                finished.append([done[index] for index in sorted(done)])
+                if name in self._apart:
+                    self._apart.remove(name)
+                else:
+                    finished.append([done[index] for index in sorted(done)])
         return finished
 
     def _settle(self, call: Any) -> Any:
@@ -204,7 +209,7 @@ class RolloutPool:
         for name in worker.outstanding:
             self._partial.pop(name, None)
         self._queue.extendleft(reversed(worker.outstanding.values()))
-        worker.call, worker.outbox, worker.outstanding = None, [], {}
+        worker.call, worker.outbox, worker.outstanding, worker.load = None, [], {}, 0
         while True:
             self.restarts += 1
             if self.restarts > self._max_restarts:

@@ -21,6 +21,11 @@ class Arrival:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    @property
+    def here(self) -> bool:
+        """`wait` would not wait."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> list[np.ndarray]:
         """The tensors as arrays, once they are there."""
         if self._event is not None:

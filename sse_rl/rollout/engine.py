@@ -23,7 +23,7 @@ from sse_rl.rollout.sampler import check, stream_key
 from sse_rl.rollout.scheduler import CHUNK, Piece, Scheduler
 from sse_rl.rollout.sequence import Job, Sequence
 from sse_rl.rollout.stops import Decode, ended_by
-from sse_rl.types import Completion, FinishReason, Request
+from sse_rl.types import Completion, FinishReason, Request, SamplingParams
 
 
 @dataclass(slots=True)
@@ -33,6 +33,8 @@ class Stats:
     slots: int
     tokens: int = 0
     """Sampled."""
+    prefills: int = 0
+    """Calls of the model with prompt tokens."""
     prefill_tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
@@ -165,9 +167,9 @@ class Engine:
         """
         began = perf_counter()
         with torch.inference_mode():
-            self._prefill(self._scheduler.schedule())
+            finished = self._prefill(self._scheduler.schedule())
             self._start(self._scheduler.start())
-            finished = self._land(0) if not self._ahead else []
+            finished += self._land(0) if not self._ahead else []
             finished += self._land(self._ahead if self._decode() else 0)
         self.stats.seconds += perf_counter() - began
         return finished
@@ -212,10 +214,20 @@ class Engine:
         self._runner.load(state_dict)
         self.version = version
 
-    def _prefill(self, pieces: list[Piece]) -> None:
+    def _prefill(self, pieces: list[Piece]) -> list[Completion]:
+        """Feeds prompts. To launch a prefill takes the host as long as several steps take a GPU,
+        however few the tokens are: the steps are launched between its layers."""
+        finished: list[Completion] = []
         if not pieces:
-            return
-        fed = self._runner.prefill(pieces)
+            return finished
+
+        def step() -> None:
+            while self._flights and self._flights[0].arrival.here:
+                finished.extend(self._land(len(self._flights) - 1))
+            if len(self._flights) <= self._ahead:
+                self._decode()
+
+        fed = self._runner.prefill(pieces, step if self._ahead else None)
         row, done = 0, 0
         for job, start, stop in pieces:
             job.routing.append((fed.routing, slice(row, row + stop - start)))
@@ -223,7 +235,9 @@ class Engine:
             if stop == job.length:
                 job.logits, job.version = fed.logits[done : done + 1], self.version
                 done += 1
+        self.stats.prefills += 1
         self.stats.prefill_tokens += row
+        return finished
 
     def _start(self, sequences: list[Sequence]) -> None:
         """Forks prompts into their placed samples and draws each one's first token."""
@@ -235,13 +249,17 @@ class Engine:
             stop_ids = request.params.stop_token_ids
             if not request.params.ignore_eos:
                 stop_ids = self._eos + stop_ids
-            key = stream_key(self._seed, request.params.seed, sequence.index)
+            key = self._stream(request.params, sequence.index)
             self._lanes.open(sequence, key=key, stop_ids=stop_ids)
             self._running[sequence.slot] = sequence
         logits = torch.cat([_present(sequence.job.logits) for sequence in sequences])
         slots = np.array([sequence.slot for sequence in sequences])
         versions = np.array([sequence.job.version for sequence in sequences])
         self._launch(slots, versions, self._runner.first(slots, logits, self._lanes))
+
+    def _stream(self, params: SamplingParams, index: int) -> int:
+        seed, index = (params.seeds[index], 0) if params.seeds else (params.seed, index)
+        return stream_key(self._seed, seed, index)
 
     def _decode(self) -> bool:
         """Launches a step of all running samples; whether there are any."""

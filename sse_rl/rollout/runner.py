@@ -6,7 +6,7 @@ decode step, sampling included, is one CUDA graph, see `graphs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -80,8 +80,9 @@ class Runner:
                 device=self.device,
             )
 
-    def prefill(self, pieces: list[Piece]) -> Fed:
-        """Feeds prompt tokens of several jobs, packed into one row."""
+    def prefill(self, pieces: list[Piece], between: Callable[[], None] | None = None) -> Fed:
+        """Feeds prompt tokens of several jobs, packed into one row. `between` is called after each
+        layer is launched, and may launch steps of other slots."""
         if fresh := {piece.job.slot: piece.job.pages for piece in pieces if piece.start == 0}:
             self.cache.reset(self._tensor(np.fromiter(fresh, np.int64)))
             self._map(fresh)
@@ -112,6 +113,7 @@ class Runner:
                 context_lens=self._tensor(np.asarray(starts)),
                 max_context=context,
             ),
+            between=between,
         )
         last = [
             end - 1

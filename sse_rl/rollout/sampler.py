@@ -57,6 +57,7 @@ def check(params: SamplingParams) -> None:
         "min_p": (0 <= params.min_p <= 1, "in [0, 1]"),
         "max_tokens": (params.max_tokens >= 1, "at least 1"),
         "stop": (all(params.stop), "strings that are not empty"),
+        "seeds": (len(params.seeds) in (0, params.n), f"one for each of n = {params.n} samples"),
     }
     for name, (holds, rule) in rules.items():
         if not holds:

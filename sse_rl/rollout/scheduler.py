@@ -4,6 +4,10 @@ First come, first served, without preemption. A sample is placed only when a slo
 its whole life are free, so what runs always ends. Only the oldest waiting job may be placed in
 part, and what it lacks is there at the latest when all others have ended: nothing deadlocks,
 nothing starves.
+
+A prefill costs the host as much for one prompt as for many, and every running sample waits for it.
+So once the engine is full, places are dealt again only after `_SHARE` of what then ran has ended:
+prefills become an order of magnitude fewer, while 15 of 16 slots are in use on the average.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ from sse_rl.rollout.sequence import Job, Sequence
 
 CHUNK = 64
 """Prompts are cut at multiples of the kernels' chunk: the cut then changes no bit of the result."""
+
+_SHARE = 8
+"""Of the running samples one in so many ends before the waiting ones are placed."""
 
 
 class Piece(NamedTuple):
@@ -49,6 +56,8 @@ class Scheduler:
         self._prefilling: deque[Job] = deque()
         self._starting: list[Sequence] = []
         self._samples = 0
+        self._leave = 0
+        """Samples that are still to end before others are placed."""
 
     def add(self, job: Job) -> None:
         """Queues a job. ValueError if its id is in use or if it could never be placed."""
@@ -65,8 +74,10 @@ class Scheduler:
         self._waiting.append(job)
 
     def schedule(self) -> list[Piece]:
-        """Places what fits, then deals this step's prompt tokens, oldest job first."""
-        self._place()
+        """Places what fits, if it is time, then deals this step's prompt tokens, oldest first."""
+        if self._leave <= 0 and self._waiting:
+            self._place()
+            self._leave = -(-self._samples // _SHARE) if self._waiting else 0
         pieces, budget = [], self.budget
         while self._prefilling and budget > 0:
             job = self._prefilling[0]
@@ -94,6 +105,7 @@ class Scheduler:
         self.slots.give(sequence.slot)
         self.pages.give(sequence.pages)
         self._samples -= 1
+        self._leave -= 1
         if not job.samples and not job.pending:
             del self.jobs[job.request.request_id]
 

@@ -75,7 +75,7 @@ class RolloutWorker:
         while True:
             finished += self.engine.step()
             lasted = time.monotonic() - began
-            if lasted > (GATHER_S if finished else budget_s) or (finished and not self.engine.busy):
+            if not self.engine.busy or lasted > (GATHER_S if finished else budget_s):
                 return finished
 
     def abort(self, request_ids: list[str]) -> None:

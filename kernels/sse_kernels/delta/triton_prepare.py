@@ -72,7 +72,7 @@ def prepare(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def gdn_prepare_kernel(
     q1, k1, q2, k2, g1, beta1, g2, beta2, weights, rows, chunks, scores, solved, factors, decays,
     T, B,

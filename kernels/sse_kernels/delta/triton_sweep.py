@@ -86,7 +86,7 @@ def _sweep(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "M"])
 def gdn_sweep_kernel(
     q1, k1, q2, k2, v, scores, solved, factors, decays, rows, segments, initial_state,
     shared, sparse, final_state, states, errors,

@@ -90,7 +90,7 @@ def sum_slots(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "M"])
 def gla_fwd_kernel(
     q, k, scales, steep, v, rows, segments, initial_state, slots, final_state,
     T, B, M,
