@@ -66,8 +66,9 @@ class RolloutWorker:
     def advance(self, requests: list[Request], budget_s: float) -> list[Completion]:
         """Take in `requests` and decode until something finishes, or for `budget_s` seconds.
 
-        What finishes is gathered for `GATHER_S`, unless nothing else is left to decode: where many
-        sequences run, one ends with nearly every token, and a call a token would idle the device.
+        What finishes is gathered for `GATHER_S`, or until it is a quarter of what runs together,
+        unless nothing else is left to decode: where many sequences run, one ends with nearly every
+        token, and a call a token would idle the device.
         """
         for request in requests:
             self.engine.add(request)
@@ -75,7 +76,8 @@ class RolloutWorker:
         while True:
             finished += self.engine.step()
             lasted = time.monotonic() - began
-            if not self.engine.busy or lasted > (GATHER_S if finished else budget_s):
+            many = 4 * len(finished) >= self.engine.stats.slots
+            if many or not self.engine.busy or lasted > (GATHER_S if finished else budget_s):
                 return finished
 
     def abort(self, request_ids: list[str]) -> None:

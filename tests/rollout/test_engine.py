@@ -72,6 +72,19 @@ def test_the_partitions_recorded_are_those_the_router_would_choose(
     assert (routing != completion.routing).mean() < 0.02
 
 
+def test_a_sample_with_a_seed_of_its_own_equals_a_request_with_that_seed(
+    tiny_model, make_engine, make_request
+):
+    model, seeds = tiny_model("gdn"), (7, 2**31 - 1, 7)
+    [together] = make_engine(model).generate([make_request(0, 70, n=3, seeds=seeds)])
+    for seed, sample in zip(seeds, together, strict=True):
+        [[alone]] = make_engine(model).generate([make_request(0, 70, seed=seed)])
+        np.testing.assert_array_equal(sample.token_ids, alone.token_ids)
+        np.testing.assert_array_equal(sample.logprobs, alone.logprobs)
+    with pytest.raises(ValueError, match=r"seeds must be one for each of n = 2 .* got \(7,\)"):
+        make_engine(model).add(make_request(1, 5, n=2, seeds=(7,)))
+
+
 @pytest.mark.parametrize("length", [5, 64, 70])
 def test_forked_samples_equal_samples_with_a_prefill_of_their_own(
     tiny_model, make_engine, make_request, length: int

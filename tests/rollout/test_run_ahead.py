@@ -73,6 +73,28 @@ def test_completions_are_those_of_an_engine_that_waits(tiny_model, make_engine, 
     assert ahead.stats.decode_tokens > waiting.stats.decode_tokens  # fed once too often
 
 
+def test_steps_run_between_the_layers_of_a_prefill(tiny_model, make_engine, make_request):
+    model = tiny_model("gdn")
+    requests = [make_request(i, 20, max_tokens=4 + 2 * i, ignore_eos=True) for i in range(6)]
+    options = {"max_num_seqs": 2, "num_pages": 99}
+    engine, steps = run_ahead(make_engine(model, **options)), []
+    inner = engine._runner.prefill
+
+    def prefill(pieces, between):
+        before = engine.stats.decode_steps
+        fed = inner(pieces, between)
+        steps.append(engine.stats.decode_steps - before)
+        return fed
+
+    engine._runner.prefill = prefill
+    found = engine.generate(requests)
+    assert steps[0] == 0 and sum(steps) >= 2 * (len(steps) - 1)
+    for [ours], request in zip(found, requests, strict=True):
+        [[alone]] = make_engine(model, **options).generate([request])
+        np.testing.assert_array_equal(ours.token_ids, alone.token_ids)
+        np.testing.assert_array_equal(ours.routing, alone.routing)
+
+
 def test_an_aborted_request_leaves_nothing_behind(tiny_model, make_engine, make_request):
     model = tiny_model()
     engine = run_ahead(make_engine(model, max_num_seqs=2))

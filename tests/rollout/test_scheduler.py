@@ -128,3 +128,48 @@ def test_everything_ends_in_order_and_everything_is_returned(seed: int, page_siz
     for name in {name for name, _ in order}:
         mine = [index for other, index in order if other == name]
         assert mine == list(range(len(mine)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"page_size": None}, {"num_pages": 4 * 40 + 1}],
+    ids=["slots run out", "pages run out"],
+)
+@pytest.mark.parametrize("n", [1, 4])
+def test_prompts_wait_for_company_while_the_engine_stays_full(options: dict, n: int):
+    rng = np.random.default_rng(0)
+    s = scheduler(max_num_seqs=64, **{"num_pages": 999, "max_num_batched_tokens": 10**6} | options)
+    for i in range(640 // n):
+        s.add(job(str(i), 20, n=n, limit=40))
+    running: list[Sequence] = []
+    prefills, used = 0, []
+    while s.jobs:
+        prefills += bool(s.schedule())
+        running += s.start()
+        for sequence in running[:]:
+            if rng.random() < 1 / 50:
+                running.remove(sequence)
+                s.finish(sequence)
+        if s._waiting:
+            used.append(len(running))
+    assert prefills <= 8 * 640 / max(used) + 8
+    assert np.mean(used[1:]) > 0.85 * max(used)
+
+
+def test_what_fits_into_free_slots_is_placed_at_once():
+    s = scheduler(max_num_seqs=8, num_pages=99)
+    s.add(job("a", 10))
+    assert len(s.schedule()) == 1
+    s.add(job("b", 10))
+    assert len(s.schedule()) == 1
+
+
+def test_an_abort_of_what_runs_lets_the_others_in():
+    s = scheduler(max_num_seqs=8, num_pages=99)
+    for name in "abcdefghij":
+        s.add(job(name, 10))
+    assert len(s.schedule()) == 8
+    s.start()
+    assert not s.schedule()
+    s.abort(s.jobs["c"])
+    assert [piece.job.request.request_id for piece in s.schedule()] == ["i"]
