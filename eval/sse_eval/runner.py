@@ -241,7 +241,8 @@ def _grader(pool: RewardPool | None) -> AbstractContextManager[RewardPool]:
 
 def _prompts_sha256(generator: Generator, requests: Sequence[SampleRequest]) -> str:
     """Of all prompts as the model reads them: another chat template is another evaluation."""
-    prompts = {request.id: generator.render(request.messages) for request in requests}
+    messages = {request.id: request.messages for request in requests}
+    prompts = {name: generator.render(asked) for name, asked in messages.items()}
     return hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()
 
 

@@ -202,11 +202,11 @@ class Job:
     def grpo(self, grpo: Grpo, base: Path, start: int) -> None:
         recipe, timeout_s = self.recipe, self.recipe.cluster.learner_timeout_s
         learner = self._spawn_learner(base, grpo)
-        cluster.check_shared_folder(self.run_dir, learner, timeout_s=timeout_s)
         pool = self._spawn_pool(base, recipe.rollout.num_workers)
+        scorer = self._spawn_scorer()
+        cluster.check_shared_folder(self.run_dir, learner, timeout_s=timeout_s)
         if self.dropped:
             self.console.say(f"{self.dropped} prompts exceed data.max_prompt_length: left out")
-        scorer = self._spawn_scorer()
         if grpo.difficulty is not None and not start:
             publish(learner, pool, version=0, timeout_s=timeout_s)
         prompts = self._worth_asking(grpo, pool, scorer, may_ask=not start)
