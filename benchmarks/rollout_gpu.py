@@ -64,21 +64,22 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--answers", type=int, default=8)
-    parser.add_argument("--queue", type=int, default=0, help="samples a slot")
+    parser.add_argument("--queue", type=int, default=0, help="samples a slot, e.g. 4")
     parser.add_argument("--state-dtype", default="float32")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--variant", choices=["gla", "gdn"], default="gla")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", help="where the tree is no git checkout")
     options = parser.parse_args()
-    rows = []
+    rows, queued = [], []
     for name in options.models:
         for batch in options.batches:
-            measured = [run(name, batch, options)] if options.tokens else []
-            measured += [queue(name, batch, n, options) for n in (1, 8) if options.queue]
-            print(*map(json.dumps, measured), sep="\n", flush=True)
-            rows += measured
-            write(options, rows)
+            rows.append(run(name, batch, options))
+            print(json.dumps(rows[-1]), flush=True)
+            for answers in (1, 8) if options.queue else ():
+                queued.append(queue(name, batch, answers, options))
+                print(json.dumps(queued[-1]), flush=True)
+            write(options, rows, queued)
 
 
 def run(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -112,15 +113,16 @@ def queue(name: str, batch: int, answers: int, options: argparse.Namespace) -> d
     vocabulary = MODELS[name]["vocab_size"]
     engine = build(name, batch, options, longest, range(1 + vocabulary // 120))
     params = SamplingParams(n=answers, max_tokens=longest, top_p=options.top_p)
-    for samples in (batch, batch * options.queue):
-        asked = prompts(engine, samples // answers, options.prompt_tokens, seed=samples)
+    for samples in (batch, batch * options.queue):  # the first captures the graphs
+        drawn = prompts(engine, samples // answers, options.prompt_tokens, seed=samples)
+        asked = [Request(str(i), ids, replace(params, seed=i)) for i, ids in enumerate(drawn)]
         before, began = replace(engine.stats), time.perf_counter()
-        engine.generate([Request(str(i), ids, params) for i, ids in enumerate(asked)])
+        engine.generate(asked)
     seconds, after = time.perf_counter() - began, engine.stats
     steps = after.decode_steps - before.decode_steps
     fed = after.decode_tokens - before.decode_tokens
     return {
-        "case": f"{name}, batch {batch}, {options.queue} samples a slot, {answers} a prompt",
+        "case": f"{name}, {batch} slots, {answers} a prompt",
         "tokens_per_s": (after.tokens - before.tokens) / seconds,
         "answers_per_s": samples / seconds,
         "mean_tokens": (after.tokens - before.tokens) / samples,
@@ -215,7 +217,9 @@ def kind(kernel: str) -> str:
     return next((k for k, names in kinds.items() if any(n in kernel for n in names)), "other")
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def write(
+    options: argparse.Namespace, rows: list[dict[str, Any]], queued: list[dict[str, Any]]
+) -> None:
     cuda = options.device == "cuda"
     device = torch.cuda.get_device_name() if cuda else "cpu"
     commit = ["git", "rev-parse", "--short", "HEAD"]
@@ -232,6 +236,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             key: value for key, value in vars(options).items() if key not in ("device", "commit")
         },
         "rows": rows,
+        "queue": queued,
     }
     path = (
         Path(__file__).parent / "results" / f"rollout-gpu-{device.replace(' ', '-').lower()}.json"

@@ -102,6 +102,18 @@ def rollout_gpu() -> str:
     return head + "|---" * 11 + "|\n" + "".join(lines) + note
 
 
+def rollout_queue() -> str:
+    (path,) = (ROOT / "benchmarks" / "results").glob("rollout-gpu-*.json")
+    result = json.loads(path.read_text())
+    head = "| model, samples | tokens/s | answers/s | prefills | steps | slots in use |\n"
+    lines = [
+        f"| {row['case']} | {row['tokens_per_s']:,.0f} | {row['answers_per_s']:,.0f} | "
+        f"{row['prefills']} | {row['decode_steps']} | {percent(row['slot_use'])} |\n"
+        for row in result["queue"]
+    ]
+    return head + "|---" * 6 + "|\n" + "".join(lines)
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -110,6 +122,7 @@ TABLES: dict[str, Any] = {
     "quickstart": quickstart,
     "grpo_gpu": grpo_gpu,
     "rollout_gpu": rollout_gpu,
+    "rollout_queue": rollout_queue,
     **kernel_tables.TABLES,
     **conversion_tables.TABLES,
 }
