@@ -155,7 +155,7 @@ def test_groups_that_wait_for_one_answer_leave_no_slot_empty(make_pool):
         groups += pool.poll("difficulty", 1.0)
     assert all([c.index for c in group] == list(range(8)) for group in groups)
     stats = actor.worker.engine.stats
-    assert stats.slot_use > 0.8
+    assert stats.slot_use > 0.7
     assert stats.prefills < 64
 
 
