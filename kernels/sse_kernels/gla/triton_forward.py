@@ -90,7 +90,7 @@ def sum_slots(
     return out
 
 
-@triton.jit(do_not_specialize=["T", "B", "M"])
+@triton.jit
 def gla_fwd_kernel(
     q, k, scales, steep, v, rows, segments, initial_state, slots, final_state,
     T, B, M,

@@ -71,7 +71,7 @@ def prepare(
     return out
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit
 def gla_prepare_kernel(
     q1, k1, q2, k2, g1, g2, weights, rows, chunks,
     q_out, k_out, scales, steep_out, norms, lowest, T, B,

@@ -69,7 +69,7 @@ def _constants(shapes: GlaShapes) -> dict[str, int | float | bool]:
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit
 def gla_steep_fwd_kernel(
     q1, k1, q2, k2, v, g1, g2, weights, rows, chunks, steep, norms, lowest,
     slots, T, B,
