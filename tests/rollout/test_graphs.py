@@ -10,13 +10,14 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("slots", [40, 15], ids=["room for all", "prefills beside steps"])
 @pytest.mark.parametrize("kind", ["gla", "gdn"])
 def test_a_captured_step_gives_the_logprobs_of_a_plain_forward(
-    tiny_model, make_engine, make_request, kind: str
+    tiny_model, make_engine, make_request, kind: str, slots: int
 ):
     model = tiny_model(kind, use_short_conv=True).cuda()
     other = tiny_model(kind, seed=1, use_short_conv=True).state_dict()
-    engine = make_engine(model, max_num_seqs=40, num_pages=200)
+    engine = make_engine(model, max_num_seqs=slots, num_pages=200)
     requests = [make_request(i, n, n=13, max_tokens=80) for i, n in enumerate((1, 40, 130))]
     for version in range(2):
         for request, completions in zip(requests, engine.generate(requests), strict=True):
