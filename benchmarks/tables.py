@@ -99,19 +99,25 @@ def rollout_gpu() -> str:
         f"{result['torch']}, triton {result['triton']}, {result['date']}, commit "
         f"{result['commit']}, `{result['command']}`.\n"
     )
-    return head + "|---" * 11 + "|\n" + "".join(lines) + note
+    return head + "|---" * 11 + "|\n" + "".join(lines) + note + _queue(result)
 
 
-def rollout_queue() -> str:
-    (path,) = (ROOT / "benchmarks" / "results").glob("rollout-gpu-*.json")
-    result = json.loads(path.read_text())
+def _queue(result: dict[str, Any]) -> str:
+    """What came of `--queue`, if it was given."""
+    if not result.get("queue"):
+        return ""
     head = "| model, samples | tokens/s | answers/s | prefills | steps | slots in use |\n"
     lines = [
         f"| {row['case']} | {row['tokens_per_s']:,.0f} | {row['answers_per_s']:,.0f} | "
         f"{row['prefills']} | {row['decode_steps']} | {percent(row['slot_use'])} |\n"
         for row in result["queue"]
     ]
-    return head + "|---" * 6 + "|\n" + "".join(lines)
+    lengths = " or ".join(sorted({f"{row['mean_tokens']:.0f}" for row in result["queue"]}))
+    note = (
+        f"\n{result['shape']['queue']} times as many samples as slots, which end at random after "
+        f"{lengths} tokens on the average, their last ones alone:\n\n"
+    )
+    return note + head + "|---" * 6 + "|\n" + "".join(lines)
 
 
 def percent(value: float) -> str:
@@ -122,7 +128,6 @@ TABLES: dict[str, Any] = {
     "quickstart": quickstart,
     "grpo_gpu": grpo_gpu,
     "rollout_gpu": rollout_gpu,
-    "rollout_queue": rollout_queue,
     **kernel_tables.TABLES,
     **conversion_tables.TABLES,
 }
