@@ -9,7 +9,7 @@ import torch
 pytestmark = pytest.mark.gpu
 
 # Relative Frobenius error against fp64 on the same rounded inputs.
-OUTPUT, GRADIENT = 4.2e-3, 6e-3  # measured 3.8e-3 and 3.7e-3 (H100)
+OUTPUT, GRADIENT = 3e-3, 6e-3  # measured 2.9e-3 and 3.7e-3 (H100)
 NAMES = ("o", "dq1", "dk1", "dq2", "dk2", "dv", "dg1", "dg2", "dlogits")
 
 

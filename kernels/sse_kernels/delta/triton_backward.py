@@ -100,12 +100,12 @@ def _sweep_back(
         dbeta1, dbeta2, shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     return dstates, dv, dbeta1, dbeta2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "M"])
 def gdn_dstates_kernel(
     q1, k1, q2, k2, scores, solved, factors, decays, errors, do, rows, segments,
     dfinal, dstates, dinitial, dv, dbeta1, dbeta2,

@@ -50,7 +50,7 @@ def chunk_gradients(
     gdn_dscores_kernel[(m * heads,)](
         prepared.factors, errors, dv, do, rows, chunks, e, f, t,
         BV=min(blocks.v, triton.next_power_of_2(shapes.dv)),
-        num_warps=blocks.warps, num_stages=blocks.stages, **common,
+        **blocks.options, **common,
     )  # fmt: skip
     dq1, dk1 = (q1.new_empty(1, t, heads, dk) for _ in range(2))
     dq2, dk2 = (q1.new_empty(shapes.k, t, heads, dk) for _ in range(2))
@@ -62,12 +62,12 @@ def chunk_gradients(
         weights, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, t, shapes.sequences,
         H=shapes.h, DK=dk, K=shapes.k, BK=min(blocks.k, dk),
         BV=min(blocks.v, triton.next_power_of_2(shapes.dv)), EPS=NORM_EPS,
-        GATE_LAST=gate_after_norm, num_warps=blocks.warps, num_stages=blocks.stages, **common,
+        GATE_LAST=gate_after_norm, **blocks.options, **common,
     )  # fmt: skip
     return dq1, dk1, dq2, dk2, dg1, dg2, dw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gdn_dscores_kernel(
     factors, errors, dv, do, rows, chunks, scores_e, scores_f, T,
     HV: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,7 +105,7 @@ def gdn_dscores_kernel(
     tl.store(scores_f + square, f.to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def gdn_dqk_kernel(
     q1, k1, q2, k2, factors, decays, scores_e, scores_f, states, dstates, errors, dv, do,
     weights, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,

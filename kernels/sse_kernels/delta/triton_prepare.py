@@ -67,7 +67,7 @@ def prepare(
         shapes.tokens, shapes.sequences,
         H=shapes.h, HV=hv, DK=dk, K=shapes.k, C=c, BK=min(blocks.k, dk), SCALE=dk**-0.5,
         EPS=NORM_EPS, GATE_LAST=gate_after_norm, PRECISION=dot_precision(q1),
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     return out
 

@@ -56,7 +56,7 @@ def _gdn_step(
         q1, k1, q2, k2, v, g1, beta1, g2, beta2, ids, weights, state, slots, o, state.shape[0],
         H=h, HV=hv, DK=dk, DKP=triton.next_power_of_2(dk), DV=dv, K=ids.shape[1],
         N=state.shape[1] - 1, BV=block_v, SCALE=dk**-0.5, EPS=NORM_EPS, GATE_LAST=gate_after_norm,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     return o
 
@@ -74,7 +74,7 @@ def _unit(at, mask, factor, EPS: tl.constexpr):
     return x * tl.rsqrt(tl.sum(x * x, axis=0) + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def gdn_step_kernel(
     q1, k1, q2, k2, v, g1, beta1, g2, beta2, ids, weights, state, slots, o, S,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr,

@@ -82,7 +82,7 @@ def _sweep(
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
         C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
 
 

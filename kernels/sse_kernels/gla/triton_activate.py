@@ -12,10 +12,13 @@ whole row: `key_limits` finds that row's normaliser and smallest kept entry once
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..activations import DECAY_TEMPERATURE
+from .triton_tiles import fast_exp
 
 TEMPERATURE = tl.constexpr(DECAY_TEMPERATURE)
 LOWEST = tl.constexpr(-30.0)
@@ -24,21 +27,31 @@ NO_DECAY = tl.constexpr(128.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+def silu_values(v: Tensor) -> Tensor:
+    """silu of raw values [T, Hv, Dv], rounded as products take them: once for all who read them."""
+    out = torch.empty_like(v)
+    if v.numel():
+        grid = (triton.cdiv(v.numel(), 2048),)
+        silu_kernel[grid](v, out, v.shape[0], ROW=v[0].numel(), BLOCK=2048)
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def silu_kernel(x, out, tokens, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # From the row's width triton knows how the size is aligned.
+    mask = i < tokens.to(tl.int64) * ROW
+    b_x = load_silu(x, i, mask, RAW=True)
+    tl.store(out + i, b_x.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def load_silu(x, tile, mask, RAW: tl.constexpr):
     """Queries or values of a tile in fp32, 0 outside."""
     x = tl.load(x + tile, mask=mask, other=0.0).to(tl.float32)
     if RAW:
-        x /= 1.0 + tl.exp(-x)
+        x *= sigmoid(x)
     return x
-
-
-@triton.jit
-def load_values(v, tile, mask, RAW: tl.constexpr, dtype: tl.constexpr):
-    """Values of a tile as a product takes them."""
-    if RAW:
-        return load_silu(v, tile, mask, RAW).to(dtype)
-    return tl.load(v + tile, mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
@@ -49,7 +62,7 @@ def load_keys(k, tile, mask, i_k, norm, lowest, RAW: tl.constexpr, TOPK: tl.cons
     """
     x = tl.load(k + tile, mask=mask, other=0.0).to(tl.float32)
     if RAW:
-        y = tl.exp(x - norm[:, None])
+        y = fast_exp(x - norm[:, None])
         if TOPK > 0:
             y = tl.where(_rank(x, i_k) >= lowest[:, None], y, 0.0)
         return y
@@ -61,7 +74,7 @@ def load_decays(g, tile, mask, RAW: tl.constexpr):
     """Log-decays of a tile, 0 outside. Below -30 they are cut: e^-30 is 0 beside any fp32 sum."""
     if RAW:
         x = tl.load(g + tile, mask=mask, other=NO_DECAY).to(tl.float32)
-        soft = tl.minimum(x, 0.0) - LN_2 * tl.log2(1.0 + tl.exp(-tl.abs(x)))
+        soft = tl.minimum(x, 0.0) - LN_2 * tl.log2(1.0 + fast_exp(-tl.abs(x)))
         x = soft * (1.0 / TEMPERATURE)
     else:
         x = tl.load(g + tile, mask=mask, other=0.0).to(tl.float32)
@@ -70,7 +83,9 @@ def load_decays(g, tile, mask, RAW: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """1 / (1 + e^-x); a division takes many instructions, a root of the reciprocal one."""
+    root = tl.rsqrt(1.0 + fast_exp(-x))
+    return root * root
 
 
 @triton.jit
@@ -94,7 +109,7 @@ def key_limits(k, tile, mask, i_k, TOPK: tl.constexpr):
     """
     x = tl.load(k + tile, mask=mask, other=0.0).to(tl.float32)
     top = tl.max(x, axis=1)
-    terms = tl.exp(x - top[:, None])
+    terms = fast_exp(x - top[:, None])
     lowest = tl.zeros_like(top).to(tl.int64)
     if TOPK > 0:
         rank = _rank(x, i_k)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
-from .triton_activate import load_values
+from .triton_activate import silu_values
 from .triton_forward import sum_slots
 from .triton_gradients import chunk_gradients
 from .triton_prepare import prepare
@@ -38,7 +38,8 @@ def gla_backward(
 
     do [T, Hv, Dv] and dfinal, if any, contiguous.
     """
-    q1, k1, q2, k2, v, g1, g2 = tokens
+    q1, k1, q2, k2, raw_v, g1, g2 = tokens
+    v = silu_values(raw_v) if shapes.raw else raw_v
     rows, segments, chunks = plan
     t, k, heads, dk = shapes.tokens, shapes.k, shapes.hv, shapes.dk
     prepared = prepare(tokens, weights, plan, shapes)
@@ -53,7 +54,7 @@ def gla_backward(
     tiles = dk // block_k * triton.cdiv(shapes.dv, block_v)
     gla_states_kernel[(tiles * heads * shapes.segments,)](
         prepared.k, prepared.scales, v, rows, segments, initial_state, h,
-        t, shapes.sequences, len(chunks), N=shapes.n, BK=block_k, BV=block_v, RAW=shapes.raw,
+        t, shapes.sequences, len(chunks), N=shapes.n, BK=block_k, BV=block_v,
         **blocks.options, **common,
     )  # fmt: skip
     blocks = block_sizes("gla_dstates", v, shapes.width)
@@ -64,7 +65,7 @@ def gla_backward(
         **blocks.options, **common,
     )  # fmt: skip
 
-    slots = chunk_gradients(tokens, weights, plan, prepared, (h, dh, dv), do, shapes)
+    slots = chunk_gradients(tokens, v, weights, plan, prepared, (h, dh, dv), do, shapes)
     add_steep_gradients(tokens, weights, plan, prepared, do, dv, slots, shapes)
     dq1, dk1, dq2, dk2, dg1, dg2, dw = slots
     group = heads // shapes.h
@@ -73,7 +74,7 @@ def gla_backward(
         sum_slots(dk1, k1.dtype, group=group),
         sum_slots(dq2, q2.dtype, group=group),
         sum_slots(dk2, k2.dtype, group=group),
-        sum_slots(dv, v.dtype, silu_of=v if shapes.raw else None),
+        sum_slots(dv, v.dtype, silu_of=raw_v if shapes.raw else None),
         sum_slots(dg1, g1.dtype, group=group),
         sum_slots(dg2, g2.dtype, group=group),
         dw.flatten(2).sum(-1).to(weights.dtype),
@@ -81,13 +82,12 @@ def gla_backward(
     return gradients if dinitial is None else (*gradients, dinitial)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "M"])
 def gla_states_kernel(
     k, scales, v, rows, segments, initial_state, states,
     T, B, M,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """states [M, Hv, Dk, Dv]: the state before every chunk."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -110,8 +110,8 @@ def gla_states_kernel(
         head = (chunk + c).to(tl.int64) * H + i_h // (HV // H)
         b_k = tl.load(k + head * C * DK + i_c[:, None] * DK + i_k[None, :])
         mask, token, _ = load_rows(rows, chunk + c, T, C)
-        v_at = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        b_v = load_values(v, v_at, mask[:, None] & v_mask, RAW, dtype)
+        v_at = v + ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        b_v = tl.load(v_at, mask=mask[:, None] & v_mask, other=0.0).to(dtype)
         scales_at = scales + head * 3 * DK + i_k
         into, out = tl.load(scales_at) * tl.load(scales_at + DK), tl.load(scales_at + 2 * DK)
         state_at = states + ((chunk + c).to(tl.int64) * HV + i_h) * DK * DV
@@ -120,7 +120,7 @@ def gla_states_kernel(
         h *= out[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "M"])
 def gla_dstates_kernel(
     q, k, scales, steep, do, rows, segments, dfinal, dstates, dinitial, dv,
     T, B, M,

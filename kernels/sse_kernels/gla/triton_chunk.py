@@ -54,11 +54,11 @@ def _gla(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shapes = gla_shapes(q1, v, weights, segments, partitions)
     final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
-    slots = gla_forward(
+    shared, sparse = gla_forward(
         (q1, k1, q2, k2, v, g1, g2), weights, (rows, segments, chunks), initial_state,
         final_state if output_final_state else None, shapes,
     )  # fmt: skip
-    return sum_slots(slots, v.dtype), final_state
+    return sum_slots(sparse, v.dtype, base=shared), final_state
 
 
 @_gla.register_fake

@@ -2,7 +2,7 @@
 
 With q' and k' of triton_prepare, G_C a chunk's summed decay and h the state before it:
     o = q' (e^r_q h) + tril(q' k'^T) v          h <- e^G_C h + e^(G_C - r_k) k'^T v
-Every stream writes its own outputs, which the caller sums in fixed order.
+Every stream writes its own outputs, the shared one in fp32, which the caller sums in fixed order.
 """
 
 # Triton's annotations do not describe what its compiler accepts.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
-from .triton_activate import load_values, silu_slope
+from .triton_activate import silu_slope, silu_values
 from .triton_prepare import prepare
 from .triton_shapes import GlaShapes, dot_precision
 from .triton_steep import add_steep_outputs
@@ -31,27 +31,28 @@ def gla_forward(
     initial_state: Tensor | None,
     final_state: Tensor | None,
     shapes: GlaShapes,
-) -> Tensor:
-    """Reads of the shared state and of K partitions, [1+K, T, Hv, Dv].
+) -> tuple[Tensor, Tensor]:
+    """Reads of the shared state, [T, Hv, Dv] fp32, and of K partitions, [K, T, Hv, Dv].
 
     Writes `final_state` if given. tokens: q1 k1 q2 k2 v g1 g2, contiguous.
     """
-    v = tokens[4]
+    v = silu_values(tokens[4]) if shapes.raw else tokens[4]
     rows, segments, chunks = plan
     prepared = prepare(tokens, weights, plan, shapes)
-    slots = v.new_empty(1 + shapes.k, *v.shape)
+    shared = torch.empty_like(v, dtype=torch.float32)
+    sparse = v.new_empty(shapes.k, *v.shape)
     blocks = block_sizes("gla_fwd", v, shapes.width)
     block_v = min(blocks.v, triton.next_power_of_2(shapes.dv))
     blocks_v = triton.cdiv(shapes.dv, block_v)
     gla_fwd_kernel[(blocks_v * shapes.hv * shapes.segments,)](
-        *prepared[:4], v, rows, segments, initial_state, slots, final_state,
+        *prepared[:4], v, rows, segments, initial_state, shared, sparse, final_state,
         shapes.tokens, shapes.sequences, len(chunks),
         H=shapes.h, HV=shapes.hv, DK=shapes.dk, DV=shapes.dv, N=shapes.n,
-        C=shapes.chunk, BV=block_v, RAW=shapes.raw, PRECISION=dot_precision(v),
+        C=shapes.chunk, BV=block_v, PRECISION=dot_precision(v),
         **blocks.options,
     )  # fmt: skip
-    add_steep_outputs(tokens, weights, plan, prepared, slots, shapes)
-    return slots
+    add_steep_outputs(tokens, weights, plan, prepared, shared, sparse, shapes)
+    return shared, sparse
 
 
 def sum_slots(
@@ -76,26 +77,18 @@ def sum_slots(
         out = slots.new_empty(tokens, heads // group, width, dtype=dtype)
     if out.numel():
         sum_slots_kernel[(triton.cdiv(out.numel(), 2048),)](
-            slots,
-            base,
-            silu_of,
-            out,
-            out.numel(),
-            slots[0].numel(),
-            S=count,
-            GROUP=group,
-            D=width,
-            BLOCK=2048,
-        )
+            slots, base, silu_of, out, tokens,
+            S=count, GROUP=group, D=width, ROW=heads * width, BLOCK=2048,
+        )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "M"])
 def gla_fwd_kernel(
-    q, k, scales, steep, v, rows, segments, initial_state, slots, final_state,
+    q, k, scales, steep, v, rows, segments, initial_state, shared, sparse, final_state,
     T, B, M,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (DV + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -120,8 +113,8 @@ def gla_fwd_kernel(
         flat = tl.load(steep + head) == 0
         b_a = tl.where((i_c[:, None] >= i_c[None, :]) & flat, b_a, 0.0).to(dtype)
         mask, token, row = load_rows(rows, chunk + c, T, C)
-        v_at = ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        b_v = load_values(v, v_at, mask[:, None] & v_mask, RAW, dtype)
+        v_at = v + ((token * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        b_v = tl.load(v_at, mask=mask[:, None] & v_mask, other=0.0).to(dtype)
         scales_at = scales + head * 3 * DK + i_k
         h *= tl.load(scales_at)[:, None]
         o = tl.dot(b_q, h.to(dtype), input_precision=PRECISION)
@@ -130,18 +123,24 @@ def gla_fwd_kernel(
         h = tl.dot(tl.trans(b_k), b_v, h, input_precision=PRECISION)
         h *= tl.load(scales_at + 2 * DK)[:, None]
         o_tile = ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
-        tl.store(slots + o_tile, o.to(slots.dtype.element_ty), mask=mask[:, None] & v_mask)
+        # No branch on the kind of stream: it would end the pipelining of the loop's loads.
+        tl.store(shared + o_tile, o, mask=(mask & (row < T))[:, None] & v_mask)
+        o_tile = (((row - T) * HV + i_h) * DV)[:, None] + i_vd[None, :]
+        o = o.to(sparse.dtype.element_ty)
+        tl.store(sparse + o_tile, o, mask=(mask & (row >= T))[:, None] & v_mask)
     if final_state is not None:
         tl.store(final_state + state_tile, h, mask=v_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def sum_slots_kernel(
-    slots, base, silu_of, out, size, slot_size,
-    S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    slots, base, silu_of, out, tokens,
+    S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    # From the row's width triton knows how the sizes are aligned.
+    slot_size = tokens.to(tl.int64) * ROW
+    mask = i < tokens.to(tl.int64) * (ROW // GROUP)
     source = i
     if GROUP > 1:
         source = i // D * (GROUP * D) + i % D
@@ -150,8 +149,7 @@ def sum_slots_kernel(
         total += tl.load(base + i, mask=mask, other=0.0)
     for s in tl.static_range(S):
         for j in tl.static_range(GROUP):
-            # Triton passes a 1 as a constant, which knows no `.to`.
-            slot = slots + tl.full([], s, tl.int64) * slot_size
+            slot = slots + s * slot_size
             x = tl.load(slot + source + j * D, mask=mask, other=0.0)
             total += x.to(tl.float32)
     if silu_of is not None:

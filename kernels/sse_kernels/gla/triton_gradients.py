@@ -26,22 +26,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_sizes import block_sizes
-from .triton_activate import (
-    decay_slope,
-    load_decays,
-    load_keys,
-    load_limits,
-    load_silu,
-    load_values,
-    silu_slope,
-)
+from .triton_activate import decay_slope, load_decays, load_keys, load_limits, silu_slope
 from .triton_prepare import Prepared
 from .triton_shapes import GlaShapes, dot_precision
-from .triton_tiles import load_rows, load_weights
+from .triton_tiles import fast_exp, load_rows, load_weights
 
 
 def chunk_gradients(
     tokens: tuple[Tensor, ...],
+    v: Tensor,
     weights: Tensor,
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
@@ -51,10 +44,10 @@ def chunk_gradients(
 ) -> tuple[Tensor, ...]:
     """Slots of dq1, dk1, dq2, dk2, dg1, dg2 [1 or K, T, Hv, Dk] and dweights [T, K, Hv, parts].
 
-    swept: h, dh [M, Hv, Dk, Dv] and the slots of dv. Pairs inside steep chunks are left to
-    triton_steep.
+    v: activated; swept: h, dh [M, Hv, Dk, Dv] and the slots of dv. Pairs inside steep chunks are
+    left to triton_steep.
     """
-    q1, k1, q2, k2, v, g1, g2 = tokens
+    q1, k1, q2, k2, _, g1, g2 = tokens
     rows, _, chunks = plan
     h, dh, dv = swept
     t, k, heads, dk = shapes.tokens, shapes.k, shapes.hv, shapes.dk
@@ -76,7 +69,7 @@ def chunk_gradients(
     return dq1, dk1, dq2, dk2, dg1, dg2, dw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def gla_dqk_kernel(
     q1, k1, q2, k2, g1, g2, weights, q_in, k_in, scales, steep, norms, lowest,
     v, do, dv, states, dstates, rows, chunks, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,
@@ -109,7 +102,7 @@ def gla_dqk_kernel(
     for first in range(0, DV, BV):
         v_mask = (first + i_vd < DV)[None, :]
         mask = row_mask[:, None] & v_mask
-        b_v = load_values(v, v_at + first, mask, RAW, dtype)
+        b_v = tl.load(v + v_at + first, mask=mask, other=0.0).to(dtype)
         b_do = tl.load(do + v_at + first, mask=mask, other=0.0).to(dtype)
         b_h = tl.load(states + state_at + first, mask=v_mask, other=0.0)
         b_dh = tl.load(dstates + state_at + first, mask=v_mask, other=0.0)
@@ -155,8 +148,9 @@ def gla_dqk_kernel(
             v_mask = mask & (first + i_vd < DV)[None, :]
             v_at = ((token * HV + i_h) * DV)[:, None] + first + i_vd[None, :]
             dv_at = ((row * HV + i_h) * DV)[:, None] + first + i_vd[None, :]
+            b_v = tl.load(v + v_at, mask=v_mask, other=0.0).to(tl.float32)
             b_dv = tl.load(dv + dv_at, mask=v_mask, other=0.0).to(tl.float32)
-            k_dk += tl.sum(load_silu(v, v_at, v_mask, RAW) * b_dv, axis=1)
+            k_dk += tl.sum(b_v * b_dv, axis=1)
         norm, low = load_limits(norms, lowest, head * C + i_c, RAW, TOPK)
         b_dk = b_kdk - load_keys(k, qk_at, mask, i_k, norm, low, RAW, TOPK) * k_dk[:, None]
         tl.store(dk + out_at, b_dk.to(dk.dtype.element_ty), mask=mask)
@@ -169,8 +163,8 @@ def gla_dqk_kernel(
     through = tl.load(scales_at + DK)
     # 1 in all but steep channels: which those are, triton_prepare decides (`references`).
     half = tl.where(through == 1.0, 0.5 * total, 0.0)
-    b_dq *= (weight * SCALE)[:, None] * tl.exp(b_sum - half[None, :])
+    b_dq *= (weight * SCALE)[:, None] * fast_exp(b_sum - half[None, :])
     tl.store(dq + out_at, b_dq.to(dq.dtype.element_ty), mask=mask)
     if not RAW:
-        b_dk *= weight[:, None] * tl.exp(tl.where(through == 1.0, half, total)[None, :] - b_sum)
+        b_dk *= weight[:, None] * fast_exp(tl.where(through == 1.0, half, total)[None, :] - b_sum)
         tl.store(dk + out_at, b_dk.to(dk.dtype.element_ty), mask=mask)

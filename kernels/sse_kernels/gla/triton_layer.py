@@ -63,11 +63,11 @@ def _layer(
     """y and r of `norm_forward`, the final state."""
     shapes = gla_shapes(q1, v, weights, segments, partitions, raw=True, row_topk=row_topk)
     final_state = empty_final(v, segments, q1.shape[2], partitions, output_final_state)
-    slots = gla_forward(
+    shared, sparse = gla_forward(
         (q1, k1, q2, k2, v, gk1, gk2), weights, (rows, segments, chunks), initial_state,
         final_state if output_final_state else None, shapes,
     )  # fmt: skip
-    return *norm_forward(slots, norm_weight, gate, eps), final_state
+    return *norm_forward(sparse, norm_weight, gate, eps, base=shared), final_state
 
 
 @_layer.register_fake

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..block_sizes import block_sizes
 from .triton_activate import key_limits, load_decays, load_keys, load_silu
 from .triton_shapes import GlaShapes
-from .triton_tiles import load_rows, load_weights, references
+from .triton_tiles import fast_exp, load_rows, load_weights, references
 
 
 class Prepared(NamedTuple):
@@ -71,7 +71,7 @@ def prepare(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def gla_prepare_kernel(
     q1, k1, q2, k2, g1, g2, weights, rows, chunks,
     q_out, k_out, scales, steep_out, norms, lowest, T, B,
@@ -108,8 +108,8 @@ def gla_prepare_kernel(
         block_steep, r_q, r_k = references(total, 80.0)
         steep |= block_steep
         b_sum = tl.cumsum(b_g, axis=0)
-        b_q = (b_q * (weight * SCALE)[:, None] * tl.exp(b_sum - r_q[None, :])).to(dtype)
-        b_k = (b_k * weight[:, None] * tl.exp(r_k[None, :] - b_sum)).to(dtype)
+        b_q = (b_q * (weight * SCALE)[:, None] * fast_exp(b_sum - r_q[None, :])).to(dtype)
+        b_k = (b_k * weight[:, None] * fast_exp(r_k[None, :] - b_sum)).to(dtype)
         tl.store(q_out + out_tile + block, b_q)
         tl.store(k_out + out_tile + block, b_k)
         tl.store(scales_at + block, tl.exp(r_q))

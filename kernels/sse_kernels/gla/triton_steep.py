@@ -33,13 +33,14 @@ def add_steep_outputs(
     weights: Tensor,
     plan: tuple[Tensor, Tensor, Tensor],
     prepared: Prepared,
-    slots: Tensor,
+    shared: Tensor,
+    sparse: Tensor,
     shapes: GlaShapes,
 ) -> None:
-    """Add to the slots of outputs what chunks marked as steep owe to their own tokens."""
+    """Add to the outputs of every stream what chunks marked as steep owe to their own tokens."""
     gla_steep_fwd_kernel[(len(plan[2]),)](
         *tokens, weights, plan[0], plan[2], prepared.steep, prepared.norms, prepared.lowest,
-        slots, shapes.tokens, shapes.sequences, **_constants(shapes), num_warps=8,
+        shared, sparse, shapes.tokens, shapes.sequences, **_constants(shapes), num_warps=8,
     )  # fmt: skip
 
 
@@ -69,10 +70,10 @@ def _constants(shapes: GlaShapes) -> dict[str, int | float | bool]:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def gla_steep_fwd_kernel(
     q1, k1, q2, k2, v, g1, g2, weights, rows, chunks, steep, norms, lowest,
-    slots, T, B,
+    shared, sparse, T, B,
     H: tl.constexpr, HP: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, SCALE: tl.constexpr,
     RAW: tl.constexpr, TOPK: tl.constexpr,
@@ -113,10 +114,14 @@ def gla_steep_fwd_kernel(
                 decay = tl.exp(tl.minimum(b_sum - sum_j[None, :], 0.0))
                 a_j = tl.sum(b_q * k_j[None, :] * decay, axis=1)
                 o += tl.where(i_c >= j, a_j, 0.0)[:, None] * v_j[None, :]
-            _add(slots + ((row * HV + i_h) * DV)[:, None] + i_vd[None, :], o, v_mask)
+            tile = ((row * HV + i_h) * DV)[:, None] + i_vd[None, :]
+            if i_s < B:
+                _add(shared + tile, o, v_mask)
+            else:
+                _add(sparse + tile - T.to(tl.int64) * HV * DV, o, v_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def gla_steep_bwd_kernel(
     q1, k1, q2, k2, v, g1, g2, weights, rows, chunks, steep, norms, lowest,
     do, dv, dq1, dk1, dq2, dk2, dg1, dg2, dw, T, B,

@@ -51,7 +51,7 @@ def _gla_step(
         q1, k1, q2, k2, v, g1, g2, ids, weights, state, slots, o, state.shape[0],
         H=h, HV=hv, DK=dk, DKP=triton.next_power_of_2(dk), DV=dv, K=ids.shape[1],
         N=state.shape[1] - 1, BV=block_v, SCALE=dk**-0.5,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        **blocks.options,
     )  # fmt: skip
     return o
 
@@ -61,7 +61,7 @@ def _(q1, k1, q2, k2, v, g1, g2, ids, weights, state, slots):
     return torch.empty_like(v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def gla_step_kernel(
     q1, k1, q2, k2, v, g1, g2, ids, weights, state, slots, o, S,
     H: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr,
