@@ -77,7 +77,7 @@ MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
         "gla_prepare_raw": {64: Blocks(64, 0, 8, 1, 128)},
         "gla_fwd": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
         "gla_states": {64: Blocks(128, 128, 8, 2, 128)},
-        "gla_dqk": {64: Blocks(64, 64, 8, 1, 128)},
+        "gla_dqk": {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 8, 1, 128)},
         "gla_dstates": {64: Blocks(0, 64, 4, 3), 256: Blocks(0, 64, 4, 1)},
         "gdn_fwd": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 2)},
         "gdn_states": {64: Blocks(0, 64, 4, 2), 256: Blocks(0, 64, 8, 2)},
