@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import sse_kernels
 import torch
@@ -9,7 +11,8 @@ import torch
 pytestmark = pytest.mark.gpu
 
 # Relative Frobenius error against fp64 on the same rounded inputs.
-OUTPUT, GRADIENT = 3e-3, 6e-3  # measured 2.9e-3 and 3.7e-3 (H100)
+OUTPUT, GRADIENT = 3e-3, 6e-3
+SOFTMAX = functools.partial(torch.softmax, dim=-1)
 NAMES = ("o", "dq1", "dk1", "dq2", "dk2", "dv", "dg1", "dg2", "dlogits")
 
 
@@ -18,7 +21,9 @@ def problem(lengths, h, d, n, *, value_heads=None, steep=False, dtype=torch.bflo
     torch.manual_seed(0)
     tokens = sum(lengths)
     normal = lambda *s: torch.randn(tokens, *s, device="cuda")
-    keys = [normal(h, d), normal(h, d).softmax(-1), normal(h, d), normal(h, d).softmax(-1)]
+    silu = torch.nn.functional.silu
+    # Activated, as in a model: products of queries of mixed sign cancel, at a larger relative error.
+    keys = [f(normal(h, d)) for f in (silu, SOFTMAX, silu, SOFTMAX)]
     leaves = [x.to(dtype) for x in (*keys, normal(value_heads or h, d))]
     decays = [torch.nn.functional.logsigmoid(normal(h, d)) / 16 for _ in range(2)]
     if steep:
