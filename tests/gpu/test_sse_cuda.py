@@ -22,7 +22,7 @@ def problem(lengths, h, d, n, *, value_heads=None, steep=False, dtype=torch.bflo
     tokens = sum(lengths)
     normal = lambda *s: torch.randn(tokens, *s, device="cuda")
     silu = torch.nn.functional.silu
-    # Activated, as in a model: products of queries of mixed sign cancel, at a larger relative error.
+    # Activated, as in a model: products of queries of mixed sign cancel, their error does not.
     keys = [f(normal(h, d)) for f in (silu, SOFTMAX, silu, SOFTMAX)]
     leaves = [x.to(dtype) for x in (*keys, normal(value_heads or h, d))]
     decays = [torch.nn.functional.logsigmoid(normal(h, d)) / 16 for _ in range(2)]
