@@ -89,7 +89,23 @@ MEASURED: dict[int | None, dict[str, dict[int, Blocks]]] = {
 }
 """Compute capability (major) -> entries that replace the safe ones."""
 
-_COMPILED = {8: {"gla_dqk": {64: Blocks(32, 32, 4, 1)}}}
+_COMPILED = {
+    8: {
+        "gla_fwd": {256: Blocks(0, 16, 8, 1)},
+        "gla_dstates": {128: Blocks(0, 32, 8, 1)},
+        "gla_dqk": {64: Blocks(32, 32, 4, 1)},
+        "gdn_prepare": {256: Blocks(64, 0, 8, 1)},
+        "gdn_fwd": {
+            64: Blocks(0, 64, 8, 1),
+            128: Blocks(0, 32, 4, 1),
+            256: Blocks(0, 16, 8, 1),
+        },
+        "gdn_states": {256: Blocks(0, 32, 8, 1)},
+        "gdn_dstates": {64: Blocks(0, 64, 8, 1), 256: Blocks(0, 16, 8, 1)},
+        "gdn_dqk": {64: Blocks(64, 32, 8, 1), 128: Blocks(32, 64, 4, 1)},
+    },
+    10: {"gla_fwd": {256: Blocks(0, 64, 8, 1)}, "gla_dstates": {256: Blocks(0, 64, 8, 1)}},
+}
 """The same where no such GPU was measured, but the safe entries spill registers."""
 
 

@@ -32,7 +32,8 @@ triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90,
 @pytest.mark.parametrize(
     ("capability", "spills", "kernels"),
     [
-        (80, 0, ["gla_fwd", "gla_dqk"]),
+        (80, 0, ["gla_fwd", "gla_dstates", "gla_dqk"]),
+        (80, 0, ["gdn_prepare", "gdn_fwd", "gdn_dstates", "gdn_dqk"]),
         (90, 0, ["gla_fwd", "gla_dstates", "gla_prepare_raw", "gla_states", "gla_step"]),
         (90, 0, ["layer_step", "layer_inputs"]),
         (90, 24, ["gla_dqk"]),  # 128 registers let two programs share a multiprocessor
