@@ -56,12 +56,18 @@ def call(variant, leaves, named, logits, cu_seqlens, k):
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize(
-    ("variant", "most"),
+    ("variant", "decays", "most"),
     # bf16 rows of width H * D. Router and plan take 0.01 of one, GDN's scalars a head 0.03 to 0.06,
     # a layer's norms 0.02. The activated inputs of SSE-GLA with fp32 decays are 9.004 themselves.
-    [("gla", 9.02), ("gdn", 5.09), ("gla_layer", 8.04), ("gdn_layer", 6.08)],
+    [
+        ("gla", torch.float32, 9.02),
+        ("gla", torch.bfloat16, 7.02),
+        ("gdn", torch.float32, 5.09),
+        ("gla_layer", torch.float32, 8.04),
+        ("gdn_layer", torch.float32, 6.08),
+    ],
 )
-def test_rows_kept_for_the_backward_pass(variant, most, k):
+def test_rows_kept_for_the_backward_pass(variant, decays, most, k):
     tokens, heads, width = 16384, 16, 128
     kept: dict[int, int] = {}
 
@@ -71,6 +77,8 @@ def test_rows_kept_for_the_backward_pass(variant, most, k):
 
     with FakeTensorMode():
         leaves, named, logits = make_leaves(variant, tokens, heads, width, torch.bfloat16)
+        if decays != torch.float32:
+            leaves[5:] = [g.detach().to(decays).requires_grad_() for g in leaves[5:]]
         with saved_tensors_hooks(keep, lambda x: x):
             y = call(variant, leaves, named, logits, torch.arange(9) * 2048, k)
         for x in (*leaves, *named.values(), logits):
