@@ -142,6 +142,10 @@ def evaluate(
         raise UserError("give a model's folder, or --endpoint URL with --model NAME")
     if endpoint is None and served_model is not None:
         raise UserError(f"--model {served_model}: names a model at --endpoint, which is not given")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if endpoint is not None and dtype != "auto":
+        raise UserError(f"--dtype {dtype}: the server at --endpoint chooses its own")
     from sse_eval.logs import check_formats
 
     from sse_rl.evaluation import Checkpoint, Evaluation, Protocol, Served
@@ -155,8 +159,6 @@ def evaluate(
     if endpoint is not None:
         target = Served(endpoint, served_model, workers or 16)
     else:
-        if dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
         target = Checkpoint(str(model), address, workers, max_num_seqs, chat_template, dtype)
     evaluation = Evaluation(target, protocol, out)
     if dry_run:

@@ -140,6 +140,7 @@ def test_a_context_shorter_than_the_answers_is_refused_before_anything_starts(
         (["model", "--endpoint", "http://x"], "--endpoint URL"),
         (["model", "--model", "tiny"], "--model tiny"),
         (["none", "--logs", "csv"], "log format 'csv'"),
+        (["--endpoint", "http://x", "--dtype", "float32"], "--dtype float32: the server"),
         (["model", "--dtype", "bf16"], "--dtype bf16: one of auto, float32"),
         (["--endpoint", "localhost"], "http://"),
     ],

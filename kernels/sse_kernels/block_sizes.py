@@ -29,9 +29,10 @@ class Blocks(NamedTuple):
     """Most registers a thread may take, for more programs at a time; None: as it needs."""
 
     @property
-    def options(self) -> dict[str, int | None]:
-        """How to launch, as triton names it."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+    def options(self) -> dict[str, int]:
+        """How to launch, as triton names it; `maxnreg`, which not every backend has, if needed."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # fmt: off
@@ -132,7 +133,7 @@ def _generation(device: torch.device) -> int:
     major = torch.cuda.get_device_capability(device)[0]
     if major not in MEASURED:
         _log.warning(
-            "no measured block sizes for %s (compute capability %d.x): safe ones serve; "
+            "no measured block sizes for %s (compute capability %d.x): unmeasured ones serve; "
             "kernels/benchmarks/search_blocks.py finds better ones",
             torch.cuda.get_device_name(device),
             major,

@@ -31,7 +31,11 @@ def causal_conv(
         shape = (batch, channels, past)
         expect_tensor(op, "initial", initial, "[B, C, W-1]", shape, x.device)
 
-    if x.is_cuda and x.dtype != torch.float64 and not _carries_gradients(x, initial, output_final):
+    if (
+        x.is_cuda
+        and x.dtype != torch.float64
+        and not _carries_gradients(x, weight, initial, output_final)
+    ):
         try:
             from .triton_conv import triton_causal_conv
         except ImportError:
@@ -74,10 +78,12 @@ def causal_conv_step(x: Tensor, weight: Tensor, *, state: Tensor, slots: Tensor)
     return _window_sum(window.unbind(-1), weight.to(dtype)).to(x.dtype)
 
 
-def _carries_gradients(x: Tensor, initial: Tensor | None, output_final: bool) -> bool:
+def _carries_gradients(
+    x: Tensor, weight: Tensor, initial: Tensor | None, output_final: bool
+) -> bool:
     """Whether gradients go through what is carried from piece to piece: torch's form has them."""
-    wanted = (initial is not None and initial.requires_grad) or (output_final and x.requires_grad)
-    return wanted and torch.is_grad_enabled()
+    into = initial is not None and (initial.requires_grad or weight.requires_grad)
+    return (into or (output_final and x.requires_grad)) and torch.is_grad_enabled()
 
 
 def _window_sum(window: list[Tensor] | tuple[Tensor, ...], weight: Tensor) -> Tensor:

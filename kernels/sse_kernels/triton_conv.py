@@ -28,10 +28,10 @@ TILES = 16
 def triton_causal_conv(
     x: Tensor, weight: Tensor, *, cu_seqlens: Tensor, initial: Tensor | None, output_final: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `causal_conv`; no fp64. `x` and `weight` have gradients, `initial` and the final
-    inputs have none."""
+    """See `causal_conv`; no fp64, and gradients only of `x` and `weight` without `initial`."""
     x, weight, cu_seqlens = x.contiguous(), weight.contiguous(), cu_seqlens.contiguous()
-    y = _conv(x, weight, cu_seqlens, None if initial is None else initial.contiguous())
+    initial = None if initial is None else initial.contiguous()
+    y = _conv(x, weight, cu_seqlens, initial)
     if not output_final:
         return y, None
     past = weight.shape[2] - 1
@@ -128,7 +128,7 @@ def conv_fwd_kernel(
         if initial is not None and i < W - 1:
             before = source - start + (W - 1)
             row = (b.to(tl.int64)[:, None] * channels + i_c[None, :]) * (W - 1)
-            mask = live & (source < start)[:, None]
+            mask = live & ((source < start) & (before >= 0))[:, None]
             past = tl.load(initial + row + before[:, None], mask=mask, other=0.0)
             taken += past.to(tl.float32)
         w = tl.load(weight + i_c * W + i, mask=in_c, other=0.0).to(tl.float32)

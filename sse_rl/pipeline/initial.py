@@ -149,7 +149,7 @@ def _in_process(
         except Interrupted:
             stop.touch()
             ray.wait([call], timeout=STOP_S)
-            stop.unlink()
+            stop.unlink(missing_ok=True)
             raise
         console.stage(stage, last_progress(run_dir / f"{stage}.jsonl"))
     metrics = cluster.get(call, f"the {stage} task")

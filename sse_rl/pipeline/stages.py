@@ -143,10 +143,10 @@ class Job:
                 "eval.max_tokens or grpo.max_completion_length"
             )
         pages = -(-longest // recipe.rollout.page_size)
-        if recipe.rollout.num_pages is not None and recipe.rollout.num_pages <= pages:
+        if recipe.rollout.num_pages is not None and recipe.rollout.num_pages <= pages + 1:
             raise UserError(
                 f"rollout.num_pages = {recipe.rollout.num_pages}: a prompt and its answer may "
-                f"take {longest} tokens, so at least {pages + 1} pages are needed"
+                f"take {longest} tokens, so at least {pages + 2} pages are needed"
             )
         return cls(
             recipe,

@@ -221,9 +221,17 @@ class Engine:
         if not pieces:
             return finished
 
+        failed: list[FloatingPointError] = []
+
         def step() -> None:
-            while self._flights and self._flights[0].arrival.here:
-                finished.extend(self._land(len(self._flights) - 1))
+            if failed:
+                return
+            try:
+                while self._flights and self._flights[0].arrival.here:
+                    finished.extend(self._land(len(self._flights) - 1))
+            except FloatingPointError as error:  # raised once the prefill's jobs are whole
+                failed.append(error)
+                return
             if len(self._flights) <= self._ahead:
                 self._decode()
 
@@ -235,6 +243,8 @@ class Engine:
             if stop == job.length:
                 job.logits, job.version = fed.logits[done : done + 1], self.version
                 done += 1
+        if failed:
+            raise failed[0]
         self.stats.prefills += 1
         self.stats.prefill_tokens += row
         return finished

@@ -49,7 +49,7 @@ class RolloutWorker:
         self.engine = Engine(
             model,
             max_num_seqs=rollout.max_num_seqs,
-            num_pages=rollout.num_pages or rollout.max_num_seqs * pages_per_seq + 1,
+            num_pages=rollout.num_pages or rollout.max_num_seqs * pages_per_seq + 2,
             page_size=rollout.page_size,
             max_num_batched_tokens=rollout.max_num_batched_tokens,
             eos_token_ids=spec.eos_token_ids,

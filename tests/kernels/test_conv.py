@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sse_kernels import causal_conv, causal_conv_step
+from sse_kernels.conv import _carries_gradients
 from torch.nn.functional import conv1d, pad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,6 +96,7 @@ def test_the_kernels_are_the_convolution_and_its_gradients(width, dtype):
     x, weight, initial, cu_seqlens = (
         t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE) for t in inputs(width)
     )
+    initial = initial.mT.contiguous().mT  # of any layout
     carried = {"cu_seqlens": cu_seqlens, "initial": initial, "output_final": True}
     y, final = triton_causal_conv(x, weight, **carried)
     wide = {**carried, "initial": initial.double()}
@@ -132,3 +134,17 @@ def test_the_kernels_take_no_channels_or_tokens():
         leaf.requires_grad_()
     y, _ = triton_causal_conv(x, weight, cu_seqlens=cu_seqlens, initial=None, output_final=False)
     assert not any(g.any() for g in torch.autograd.grad(y.sum(), (x, weight)))
+
+
+def test_what_the_kernels_have_no_gradient_of_is_left_to_torch():
+    x, weight, initial, _ = inputs(4)
+    assert not _carries_gradients(x, weight, initial, True)
+    for leaf, alone, after_initial, with_final in ((x, 0, 0, 1), (weight, 0, 1, 0)):
+        leaf.requires_grad_()
+        assert _carries_gradients(x, weight, None, False) == alone
+        assert _carries_gradients(x, weight, initial, False) == after_initial
+        assert _carries_gradients(x, weight, None, True) == with_final
+        leaf.requires_grad_(False)
+    assert _carries_gradients(x, weight, initial.requires_grad_(), False)
+    with torch.no_grad():
+        assert not _carries_gradients(x, weight, initial, False)

@@ -195,3 +195,15 @@ def test_an_abort_of_what_runs_lets_the_others_in():
     s.abort(s.jobs["c"])
     s.abort(s.jobs["d"])
     assert [piece.job.request.request_id for piece in s.schedule()] == ["i", "j"]
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_the_longest_prompt_shared_by_samples_fits_a_worker_of_one_slot(samples):
+    longest, page = 120, 16
+    pages = -(-longest // page) + 2  # as a worker has them by default
+    s = scheduler(max_num_seqs=1, num_pages=pages, page_size=page)
+    s.add(job("a", 100, n=samples, limit=20))
+    assert s.schedule()
+    if samples > 1:
+        with pytest.raises(ValueError, match="KV pages"):
+            scheduler(max_num_seqs=1, num_pages=pages - 1).add(job("a", 100, n=8, limit=20))

@@ -36,7 +36,7 @@ def paged_attention(
             multiple of 128. A row's bits depend on its keys and this number alone.
 
     Returns o [T, H, D]. Raises ValueError or TypeError naming the argument; a sequence that its
-    block table has no room for is an error on CPU and gives NaN on CUDA.
+    block table has no room for is an error on CPU and gives NaN from the kernel.
     """
     op = "paged_attention"
     _check(op, q, k_pages, v_pages, block_table, context_lens, cu_seqlens)
