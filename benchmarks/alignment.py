@@ -70,8 +70,8 @@ def main() -> None:
     examples = read(options, layers, as_softmax(origin, options.source).to(options.device))
     others = [i for i in range(origin.config.num_hidden_layers) if i not in layers]
     rows: list[dict[str, Any]] = []
-    wanted = [int(n) for n in options.cases.split(",")] if options.cases else range(len(CASES))
-    for name, keys, rate in (CASES[n] for n in wanted):
+    numbers = [int(n) for n in options.cases.split(",")] if options.cases else range(len(CASES))
+    for name, keys, rate in (CASES[n] for n in numbers):
         began = time.monotonic()
         wanted = Convert(source=options.source, attention_layers=others, **keys)
         student = convert(origin, wanted).to(options.device)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markdown_table import table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -19,7 +21,7 @@ def alignment() -> str:
         for row in result["rows"]
     ]
     head = ["converted layer", "learning rate", *(f"layer {i}" for i in layers)]
-    return _table(head, lines) + _note(result, f"{result['tokens']:,} tokens, one row a step")
+    return table(head, lines) + _note(result, f"{result['tokens']:,} tokens, one row a step")
 
 
 def order() -> str:
@@ -31,18 +33,13 @@ def order() -> str:
     ]
     head = ["layers kept", "the last of them", "KL(teacher, student), nats a token"]
     measured = f"aligned on rows of {result['tokens_a_step']:,} tokens a step, measured on "
-    return _table(head, lines) + _note(result, f"{measured}{result['kl_tokens']:,} tokens")
+    return table(head, lines) + _note(result, f"{measured}{result['kl_tokens']:,} tokens")
 
 
 def _result(name: str) -> dict[str, Any]:
     """The one on the fastest device there is: a CPU's only where there is no other."""
     paths = sorted(RESULTS.glob(f"{name}-*.json"), key=lambda path: path.stem.endswith("-cpu"))
     return json.loads(paths[0].read_text())
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _note(result: dict[str, Any], measured: str) -> str:

@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from markdown_table import table
 from sse_eval.compare import compare
 
 from sse_rl.report.curves import Curve, draw
@@ -178,9 +179,9 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
         f"{summary.get('wall_s', 0) / 60:.1f} minutes, evaluations included; "
         f"{summary.get('status', 'unfinished')}.\n",
         *(f"{note}\n" for note in result.get("notes", ())),
-        _table(["perplexity", *texts], perplexity) if perplexity else "",
+        table(["perplexity", *texts], perplexity) if perplexity else "",
         signal(summary),
-        _table(SCORED, [_scored(*entry) for entry in result["evaluations"].items()])
+        table(SCORED, [_scored(*entry) for entry in result["evaluations"].items()])
         if result["evaluations"]
         else "",
         *(
@@ -225,10 +226,6 @@ def _scored(name: str, scores: dict[str, Any]) -> list[str]:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *lines])
 
 
 def pictures(result: dict[str, Any]) -> dict[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from markdown_table import table
 
 RESULTS = Path(__file__).parent.parent / "kernels" / "benchmarks" / "results"
 FORMS = {
@@ -51,7 +52,7 @@ def _times(result: dict[str, Any], columns: list[str], head: list[str]) -> str:
             ratio = f" ({time / best:.1f} x)" if time and best and "triton" not in form else ""
             cells.append("" if time is None else f"{_three(time)}{ratio}")
         lines.append([shape if form == "triton" else FORMS[form], *cells])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def steps() -> str:
@@ -71,7 +72,7 @@ def steps() -> str:
         + [line.get(shape, "") for shape in shapes]
         for (case, form), line in cells.items()
     ]
-    return _table(["one token a sequence", *shapes], lines)
+    return table(["one token a sequence", *shapes], lines)
 
 
 def layers() -> str:
@@ -88,7 +89,7 @@ def layers() -> str:
             cells.append("" if time is None else _three(time))
         lines.append([f"{case.upper()}, {shape}", *cells])
     head = ["one token a sequence, us, CUDA graph", "kernel, share of copies", "layer", "unfused"]
-    return _table(head, lines) + _note(result)
+    return table(head, lines) + _note(result)
 
 
 def errors() -> str:
@@ -105,7 +106,7 @@ def errors() -> str:
         + [f"{line[kind]:.1e}" if kind in line else "" for kind in kinds]
         for (case, shape), line in found.items()
     ]
-    return _table(["relative error against fp64", *kinds], lines)
+    return table(["relative error against fp64", *kinds], lines)
 
 
 def kept() -> str:
@@ -119,7 +120,7 @@ def kept() -> str:
     lines = [
         [form, *(f"{x[s]:.3f}" if s in x else "" for s in shapes)] for form, x in cells.items()
     ]
-    return _table(["bf16 rows of H*D a token", *shapes], lines) + _note(result)
+    return table(["bf16 rows of H*D a token", *shapes], lines) + _note(result)
 
 
 def properties() -> str:
@@ -130,14 +131,14 @@ def properties() -> str:
         for unit in ("elements differ", "waits")
         for row in _rows(result, unit)
     ]
-    return _table(["", "", ""], lines)
+    return table(["", "", ""], lines)
 
 
 def first_calls() -> str:
     """Seconds of first calls with nothing compiled."""
     result = _result("first-calls")
     lines = [[row["case"], f"{row['value']:.1f}"] for row in result["rows"]]
-    return _table(["nothing compiled, a process each", "s"], lines) + _note(result)
+    return table(["nothing compiled, a process each", "s"], lines) + _note(result)
 
 
 def head_times() -> str:
@@ -156,7 +157,7 @@ def head_times() -> str:
             more = [f"{both / floor:.2f}", f"{line['peak memory']:.2f}"]
             lines.append([f"{form}, {shape}", *times, *more])
     head = ["bf16", "forward, ms", "forward+backward", "four products", "ratio", "memory, GB"]
-    return _table(head, lines) + _note(result)
+    return table(head, lines) + _note(result)
 
 
 def head_errors() -> str:
@@ -169,7 +170,7 @@ def head_errors() -> str:
             found = [line.get(f"error of {kind}") for kind in kinds]
             lines.append([form, *("" if x is None else f"{x:.1e}" for x in found)])
             shape = at
-    return _table([f"error against fp64, {shape}", *kinds], lines)
+    return table([f"error against fp64, {shape}", *kinds], lines)
 
 
 def _by_shape_and_form(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
@@ -195,7 +196,7 @@ def attention() -> str:
         ratios = ["" if other is None else f"{other / ours:.1f} x" for other in others]
         lines.append([shape, f"{_three(ours)}", share, *ratios])
     head = ["32 heads in groups of 4, bf16", "us", "of copy bandwidth", *forms]
-    return _table(head, lines) + _note(result)
+    return table(head, lines) + _note(result)
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -214,12 +215,6 @@ def _upper(case: str) -> str:
 def _three(value: float) -> str:
     """Three digits."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _note(result: dict[str, Any]) -> str:
