@@ -20,7 +20,6 @@ from .delta.op import sse_gdn
 from .gla.op import sse_gla
 from .norm import gated_rms_norm
 from .routing import Routing
-from .serves import triton_serves
 
 
 def sse_gla_layer(
@@ -63,7 +62,7 @@ def sse_gla_layer(
         "initial_state": initial_state,
         "output_final_state": output_final_state,
     }
-    if triton_serves(q1, v):
+    if _can_launch(q1, v):
         from .gla.triton_layer import triton_sse_gla_layer
 
         return triton_sse_gla_layer(
@@ -117,7 +116,7 @@ def sse_gdn_layer(
         "initial_state": initial_state,
         "output_final_state": output_final_state,
     }
-    if triton_serves(q1, v):
+    if _can_launch(q1, v):
         from .delta.triton_layer import triton_sse_gdn_layer
 
         return triton_sse_gdn_layer(
@@ -148,3 +147,14 @@ def _expect_layer(
     expect_tensor(op, "norm_weight", norm_weight, "[Dv]", (v.shape[2],), v.device)
     if gate is not None:
         expect_tensor(op, "gate", gate, "the shape of v", tuple(v.shape), v.device)
+
+
+def _can_launch(q1: Tensor, v: Tensor) -> bool:
+    """Whether the Triton form runs here: on a GPU, if triton is there and knows these widths."""
+    if not v.is_cuda:
+        return False
+    try:
+        from .gla.triton_shapes import triton_serves
+    except ImportError:
+        return False
+    return triton_serves(q1.shape[2], v.shape[2], v.dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checks import expect_cu_seqlens, expect_initial_state, expect_slots, expect_streams
 from ..routing import Routing
-from ..serves import triton_serves
 from .chunk import chunk_sse_gdn
 from .recurrent import recurrent_sse_gdn_step
 
@@ -117,11 +116,15 @@ def sse_gdn_step(
 
 def _chunk_form(q1: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The Triton kernels on a GPU if they know these widths, else torch's form."""
-    if not triton_serves(q1, v):
-        return chunk_sse_gdn
-    from .triton_chunk import triton_sse_gdn
-
-    return triton_sse_gdn
+    if v.is_cuda:
+        try:
+            from ..gla.triton_shapes import triton_serves
+            from .triton_chunk import triton_sse_gdn
+        except ImportError:
+            return chunk_sse_gdn
+        if triton_serves(q1.shape[2], v.shape[2], v.dtype):
+            return triton_sse_gdn
+    return chunk_sse_gdn
 
 
 def _step_form(v: Tensor, state: Tensor) -> Callable[..., Tensor]:

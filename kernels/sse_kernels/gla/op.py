@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checks import expect_cu_seqlens, expect_initial_state, expect_slots, expect_streams
 from ..routing import Routing
-from ..serves import triton_serves
 from .chunk import chunk_sse_gla
 from .recurrent import recurrent_sse_gla_step
 
@@ -90,11 +89,15 @@ def sse_gla_step(
 
 def _chunk_form(q1: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The Triton kernels on a GPU if they know these widths, else torch's form."""
-    if not triton_serves(q1, v):
-        return chunk_sse_gla
-    from .triton_chunk import triton_sse_gla
-
-    return triton_sse_gla
+    if v.is_cuda:
+        try:
+            from .triton_chunk import triton_sse_gla
+            from .triton_shapes import triton_serves
+        except ImportError:
+            return chunk_sse_gla
+        if triton_serves(q1.shape[2], v.shape[2], v.dtype):
+            return triton_sse_gla
+    return chunk_sse_gla
 
 
 def _step_form(v: Tensor, state: Tensor) -> Callable[..., Tensor]:

@@ -77,3 +77,12 @@ def empty_final(v: Tensor, segments: Tensor, dk: int, partitions: int, wanted: b
 def dot_precision(x: Tensor) -> str:
     """fp32 operands multiply as three tf32 products, which keeps fp32's error; others are exact."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def triton_serves(dk: int, dv: int, dtype: torch.dtype) -> bool:
+    """Whether the Triton form has kernels for these head widths."""
+    return (
+        dk in (16, 32, 64, 128, 256)
+        and 16 <= dv <= 256
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
