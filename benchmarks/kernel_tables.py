@@ -114,8 +114,9 @@ def kept() -> str:
     result = _result("kept")
     cells: dict[str, dict[str, float]] = {}
     for row in result["rows"]:
-        form = row["case"].removesuffix(" kept for backward").replace(" ", "_")
-        cells.setdefault(f"`sse_{form}`", {})[row["shape"]] = row["value"]
+        form, _, decays = row["case"].partition(" kept for backward")
+        name = f"`sse_{form.replace(' ', '_')}`{decays}"
+        cells.setdefault(name, {})[row["shape"]] = row["value"]
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
     lines = [
         [form, *(f"{x[s]:.3f}" if s in x else "" for s in shapes)] for form, x in cells.items()

@@ -36,16 +36,19 @@ class Problem:
     """Leaves in the order of an operator's arguments, router logits last, and a gradient of o.
 
     variant: "gla" or "gdn", or "gla_layer" or "gdn_layer", whose leaves are raw projections.
-    option: a flag of the operator that is set.
+    option: a flag of the operator that is set. decays: the dtype of log-decays a channel.
     """
 
     def __init__(
         self, variant: str, shape: Shape, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
-        option: str | None = None,
+        option: str | None = None, decays: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         make = _layer_leaves if variant.endswith("_layer") else _leaves
+        self.variant = variant
         self.leaves, self.named = make(variant, shape, dtype)
+        for name in self.leaves.keys() & {"g1", "g2"}:
+            self.leaves[name] = self.leaves[name].to(decays)
         for x in (*self.leaves.values(), *self.named.values()):
             x.requires_grad_()
         self.k = shape.k

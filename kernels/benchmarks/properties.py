@@ -67,15 +67,20 @@ def kept_memory(variant: str) -> Iterator[Row]:
     Inputs count, a layer's gate included; the output does not.
     """
     for shape in (MAIN, MAIN._replace(k=2)):
-        problem = Problem(variant, shape)
-        before = torch.cuda.memory_allocated()
-        o = problem.output(getattr(sse_kernels, f"sse_{variant}"))
-        kept = torch.cuda.memory_allocated() - before - _bytes(o)
-        kept += sum(map(_bytes, (*problem.leaves.values(), *problem.named.values())))
-        row = shape.sequences * shape.length * shape.h * shape.d * 2
         case = f"{variant.replace('_', ' ')} kept for backward"
-        del o  # and all that it kept
-        yield Row(case, str(shape), "triton", kept / row, "bf16 rows")
+        yield _kept(case, Problem(variant, shape), shape)
+        if variant == "gla":  # fp32 log-decays take two rows each
+            problem = Problem(variant, shape, decays=torch.bfloat16)
+            yield _kept(f"{case}, bf16 decays", problem, shape)
+
+
+def _kept(case: str, problem: Problem, shape: Shape) -> Row:
+    before = torch.cuda.memory_allocated()
+    o = problem.output(getattr(sse_kernels, f"sse_{problem.variant}"))
+    kept = torch.cuda.memory_allocated() - before - _bytes(o)
+    kept += sum(map(_bytes, (*problem.leaves.values(), *problem.named.values())))
+    row = shape.sequences * shape.length * shape.h * shape.d * 2
+    return Row(case, str(shape), "triton", kept / row, "bf16 rows")
 
 
 def _error(x: Tensor, exact: Tensor) -> float:
