@@ -47,6 +47,7 @@ class LearnerWorker:
             page_size=page_size,
             state_dtype=getattr(torch, state_dtype),
         )
+        self._snapshot: torch.Tensor | None = None
 
     def sees(self, path: str) -> bool:
         return Path(path).exists()
@@ -56,7 +57,9 @@ class LearnerWorker:
 
     def weights(self, version: int) -> tuple[WeightsIndex, np.ndarray]:
         """A snapshot to publish; call with num_returns=2 so that the buffer stays in the store."""
-        return pack(self.learner.weights(), version=version)
+        index, buffer = pack(self.learner.weights(), version=version, into=self._snapshot)
+        self._snapshot = torch.from_numpy(buffer)  # the store takes a copy of its own
+        return index, buffer
 
     def save(self, folder: str) -> None:
         """Write `model/` and the trainer's state into an existing folder."""

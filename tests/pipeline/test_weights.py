@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -34,10 +36,11 @@ def test_what_is_published_is_a_snapshot():
     assert torch.equal(unpack(index, buffer)["w"], torch.ones(4))
 
 
-def test_one_flipped_bit_is_refused():
-    index, buffer = pack(tensors(), version=9)
+@pytest.mark.parametrize("place", [17, 5000, -1], ids=["first block", "second", "rest"])
+def test_one_flipped_bit_is_refused(place: int):
+    index, buffer = pack(tensors() | {"large": torch.randn(3000)}, version=9)
     torn = buffer.copy()
-    torn[17] ^= 1
+    torn[place] ^= 1
     with pytest.raises(ValueError, match="version 9 arrived damaged"):
         unpack(index, torn)
 
@@ -52,4 +55,16 @@ def test_a_read_only_buffer_as_ray_gives_it_is_accepted():
     index, buffer = pack(tensors(), version=1)
     frozen = np.frombuffer(buffer.tobytes(), dtype=np.uint8)
     assert not frozen.flags.writeable
-    unpack(index, frozen)["a"].add_(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(unpack(index, frozen)["a"], unpack(index, buffer)["a"])
+
+
+def test_memory_of_an_earlier_snapshot_is_taken_if_it_has_the_size():
+    _, first = pack(tensors(), version=1)
+    later = tensors()
+    index, second = pack(later, version=2, into=torch.from_numpy(first))
+    assert second.ctypes.data == first.ctypes.data
+    assert all(torch.equal(x, later[name]) for name, x in unpack(index, second).items())
+    _, third = pack({"more": torch.ones(9999)}, version=3, into=torch.from_numpy(first))
+    assert third.nbytes >= 4 * 9999

@@ -10,10 +10,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("slots", [40, 15], ids=["room for all", "prefills beside steps"])
+@pytest.mark.parametrize(
+    ("slots", "graphs"), [(40, 2), (15, 1)], ids=["room for all", "prefills beside steps"]
+)
 @pytest.mark.parametrize("kind", ["gla", "gdn"])
 def test_a_captured_step_gives_the_logprobs_of_a_plain_forward(
-    tiny_model, make_engine, make_request, kind: str, slots: int
+    tiny_model, make_engine, make_request, kind: str, slots: int, graphs: int
 ):
     model = tiny_model(kind, use_short_conv=True).cuda()
     other = tiny_model(kind, seed=1, use_short_conv=True).state_dict()
@@ -35,4 +37,4 @@ def test_a_captured_step_gives_the_logprobs_of_a_plain_forward(
                 chosen = logprobs.gather(1, torch.tensor(sampled, device="cuda")[:, None])[:, 0]
                 np.testing.assert_allclose(completion.logprobs, chosen.cpu(), atol=1e-4, rtol=0)
         engine.set_weights(other, version=version + 1)
-    assert len(engine._runner.graphs) > 1
+    assert len(engine._runner.graphs) >= graphs
