@@ -47,9 +47,8 @@ def _times(result: dict[str, Any], columns: list[str], head: list[str]) -> str:
         cells = []
         for case in columns:
             time = times.get((shape, form, case))
-            ours = [times.get((shape, f, case)) for f in ("triton", "triton, CUDA graph")]
-            best = min((x for x in ours if x), default=None)
-            ratio = f" ({time / best:.1f} x)" if time and best and "triton" not in form else ""
+            ours = times.get((shape, "triton", case))
+            ratio = f" ({time / ours:.1f} x)" if time and ours and "triton" not in form else ""
             cells.append("" if time is None else f"{_three(time)}{ratio}")
         lines.append([shape if form == "triton" else FORMS[form], *cells])
     return table(head, lines)
