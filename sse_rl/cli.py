@@ -42,6 +42,7 @@ Address = Annotated[
 def main() -> NoReturn:
     for library in ("HF_DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns of every fork
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sse_rl.data.problems import Problem, load_problems, load_texts
-from sse_rl.data.prompts import render, target
+from sse_rl.data.prompts import render, target, tokenize_all
 from sse_rl.errors import UserError
 from sse_rl.recipe import Corpus, Data
 
@@ -90,26 +90,35 @@ def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Data) 
     """
     if corpus.text is None:
         return worked(load_problems(corpus), tokenizer, data)
-    documents = []
-    for text in load_texts(corpus, corpus.text):
-        if isinstance(text, str):
-            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        else:
-            chat = tokenizer.apply_chat_template(text, tokenize=False)
-            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType]
-        documents.append(np.array(ids, dtype=np.int64))
-    return documents
+    loaded = load_texts(corpus, corpus.text)
+    texts: list[Any] = [
+        text if isinstance(text, str) else tokenizer.apply_chat_template(text, tokenize=False)
+        for text in loaded
+    ]
+    return [
+        np.array([*ids, tokenizer.eos_token_id] if isinstance(text, str) else ids, dtype=np.int64)
+        for text, ids in zip(loaded, tokenize_all(texts, tokenizer), strict=True)
+    ]
 
 
 def worked(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data
 ) -> list[np.ndarray]:
     """Each problem's prompt, its solution and the end token, as the cold start teaches them."""
-    documents = []
-    for problem, prompt in zip(problems, render(problems, tokenizer, data), strict=True):
-        answer = tokenizer(target(problem), add_special_tokens=False)["input_ids"]
-        documents.append(np.array([*prompt.token_ids, *answer, tokenizer.eos_token_id]))
-    return documents
+    return [np.array([*prompt, *answer]) for prompt, answer in examples(problems, tokenizer, data)]
+
+
+def examples(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Ids of each problem's prompt, as a rollout begins with them, and of its solution with the
+    end token."""
+    prompts = render(problems, tokenizer, data)
+    answers = tokenize_all([target(problem) for problem in problems], tokenizer)
+    return [
+        (prompt.token_ids, [*answer, tokenizer.eos_token_id])  # pyright: ignore[reportReturnType]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def corpus_name(corpus: Corpus) -> str:

@@ -39,7 +39,6 @@ def training_text(
     """
     options = recipe.distill
     assert options is not None
-    problems, _ = load_splits(recipe.data)
     if options.corpora:
         documents = [
             document
@@ -47,7 +46,7 @@ def training_text(
             for document in read_corpus(corpus, tokenizer, recipe.data)
         ]
     else:
-        documents = worked(problems, tokenizer, recipe.data)
+        documents = worked(load_splits(recipe.data)[0], tokenizer, recipe.data)
     if options.teacher_prompts:
         documents += teacher_answers(recipe, tokenizer, teacher, run_dir / ANSWERS, progress)
     return PackedText(documents, max_length=options.max_length, seed=recipe.seed)

@@ -15,8 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from sse_rl.data.corpus import examples
 from sse_rl.data.problems import Problem
-from sse_rl.data.prompts import render, target
 from sse_rl.errors import Interrupted, UserError
 from sse_rl.model.modeling import SSEForCausalLM
 from sse_rl.recipe import Data, Sft
@@ -50,10 +50,10 @@ def train_sft(
         Interrupted: as `stopped` asked; unless `sft.save_steps` is 0, a checkpoint is saved.
         UserError: no example fits into `sft.max_length`.
     """
-    examples = encode(problems, tokenizer, data)
-    kept = [example for example in examples if len(example["input_ids"]) <= sft.max_length]
+    encoded = encode(problems, tokenizer, data)
+    kept = [example for example in encoded if len(example["input_ids"]) <= sft.max_length]
     if not kept:
-        shortest = min((len(example["input_ids"]) for example in examples), default=0)
+        shortest = min((len(example["input_ids"]) for example in encoded), default=0)
         raise UserError(f"sft.max_length = {sft.max_length}: the shortest example has {shortest}")
     part = out.with_name(out.name + ".part")
     trainer = ColdStartTrainer(
@@ -77,7 +77,7 @@ def train_sft(
     os.replace(finished, out)
     shutil.rmtree(part, ignore_errors=True)
     last = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
-    return _numbers(last) | {"examples": len(kept), "dropped": len(examples) - len(kept)}
+    return _numbers(last) | {"examples": len(kept), "dropped": len(encoded) - len(kept)}
 
 
 def encode(
@@ -85,17 +85,10 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """Each problem as {input_ids, labels}: its rendered prompt, masked, then the answer and the
     end token. The prompt's ids are those that a rollout begins with."""
-    examples = []
-    for problem, prompt in zip(problems, render(problems, tokenizer, data), strict=True):
-        answer = tokenizer(target(problem), add_special_tokens=False)["input_ids"]
-        answer = [*answer, tokenizer.eos_token_id]
-        examples.append(
-            {
-                "input_ids": [*prompt.token_ids, *answer],
-                "labels": [-100] * len(prompt.token_ids) + answer,
-            }
-        )
-    return examples
+    return [
+        {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}
+        for prompt, answer in examples(problems, tokenizer, data)
+    ]
 
 
 class ColdStartTrainer(SFTTrainer):
