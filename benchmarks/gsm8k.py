@@ -191,10 +191,24 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
             for protocol, gain in result["gain"].items()
         ),
         f"A step took {spent}.\n" if spent else "",
+        where_the_time_went(result),
         "".join(f"![{picture}]({PICTURES}/{name}-{picture}.svg)\n" for picture in drawn),
         samples(result),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def where_the_time_went(result: dict[str, Any]) -> str:
+    """Minutes of each stage and part of a GRPO step; `between` is what starts and saves."""
+    summary, steps = result["summary"], result["steps"]
+    if "stage_s" not in summary:
+        return ""
+    spent = dict(summary["stage_s"])
+    for part in ("rollout", "learn", "publish"):
+        spent[f"grpo, {part}"] = sum(row.get(f"perf/{part}_s", 0.0) for row in steps)
+    spent["between"] = summary["wall_s"] - sum(spent.values())
+    minutes = [f"{seconds / 60:.1f}" for seconds in spent.values()]
+    return table(["minutes", *spent, "all"], [["", *minutes, f"{summary['wall_s'] / 60:.1f}"]])
 
 
 def signal(summary: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,17 @@ def run(
             with job.actors:
                 job.run(start)
         except Interrupted:
-            summarize(recipe, run_dir, "interrupted", seconds=time.monotonic() - began)
+            seconds = time.monotonic() - began
+            summarize(recipe, run_dir, "interrupted", seconds=seconds, stages=job.spent)
             console.say(f"stopped and saved; `--resume auto` goes on ({run_dir})")
             raise SystemExit(143) from None
         except BaseException as error:
+            seconds = time.monotonic() - began
             with suppress(OSError, ValueError, UserError):  # the first error is the one to show
-                summarize(recipe, run_dir, "failed", seconds=time.monotonic() - began, error=error)
+                summarize(recipe, run_dir, "failed", seconds=seconds, stages=job.spent, error=error)
             raise
-        return summarize(recipe, run_dir, "finished", seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return summarize(recipe, run_dir, "finished", seconds=seconds, stages=job.spent)
 
 
 @dataclass(slots=True)
@@ -115,6 +118,8 @@ class Job:
     interrupted: Callable[[], None] = lambda: None
     actors: ExitStack = field(default_factory=ExitStack)
     """Ends what the run started, newest first."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds in each stage, and in evaluations between steps."""
 
     @classmethod
     def prepare(cls, recipe: Recipe, run_dir: Path) -> Job:
@@ -190,14 +195,26 @@ class Job:
 
         if self.recipe.grpo is not None:
             cut_back(self.run_dir, start, max_steps=self.recipe.grpo.max_steps)
-        base = initialise(self.recipe, self.tokenizer, self.run_dir)
+        with self._timed(self.stages()[0]):
+            base = initialise(self.recipe, self.tokenizer, self.run_dir)
         if self.recipe.distill is not None:
-            base = distill(self.recipe, self.run_dir, self.interrupted, self.console)
+            with self._timed("distill"):
+                base = distill(self.recipe, self.run_dir, self.interrupted, self.console)
         if self.recipe.sft is not None:
-            base = sft(self.recipe, self.run_dir, base, self.interrupted, self.console)
+            with self._timed("sft"):
+                base = sft(self.recipe, self.run_dir, base, self.interrupted, self.console)
         if self.recipe.grpo is not None:
             self.grpo(self.recipe.grpo, base, start)
-        self.export(base)
+        with self._timed("export"):
+            self.export(base)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[stage] = self.spent.get(stage, 0.0) + time.monotonic() - began
 
     def grpo(self, grpo: Grpo, base: Path, start: int) -> None:
         recipe, timeout_s = self.recipe, self.recipe.cluster.learner_timeout_s
@@ -209,7 +226,8 @@ class Job:
             self.console.say(f"{self.dropped} prompts exceed data.max_prompt_length: left out")
         if grpo.difficulty is not None and not start:
             publish(learner, pool, version=0, timeout_s=timeout_s)
-        prompts = self._worth_asking(grpo, pool, scorer, may_ask=not start)
+        with self._timed("difficulty"):
+            prompts = self._worth_asking(grpo, pool, scorer, may_ask=not start)
         source = GroupSource(
             stream=PromptStream(prompts, recipe.seed),
             pool=pool,
@@ -268,8 +286,12 @@ class Job:
         options = self.recipe.eval
         if not options.num_workers:
             generator = self._generator(pool, self.interrupted)
-            shown = self.console.stage
-            return BetweenSteps(lambda step: self.evaluate(generator, step, shown), options.every)
+
+            def between(step: int) -> dict[str, float]:
+                with self._timed("eval"):
+                    return self.evaluate(generator, step, self.console.stage)
+
+            return BetweenSteps(between, options.every)
         own = self._spawn_pool(base, options.num_workers)
 
         def evaluate(step: int, check: Callable[[], None]) -> dict[str, float]:

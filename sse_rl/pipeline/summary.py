@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ def summarize(
     status: str,
     *,
     seconds: float,
+    stages: Mapping[str, float],
     error: BaseException | None = None,
 ) -> dict[str, Any]:
-    """Write summary.json and report.html and return the summary. `seconds` are added to those of
-    former attempts."""
+    """Write summary.json and report.html and return the summary. `seconds`, and those of each of
+    `stages`, are added to those of former attempts."""
+    before = read_summary(run_dir)
     rows = read_rows(run_dir / METRICS)
     export, best = run_dir / EXPORT, kept(run_dir)
     summary = {
@@ -37,7 +40,8 @@ def summarize(
         "error": None if error is None else f"{type(error).__name__}: {error}",
         "steps": rows[-1]["step"] if rows else 0,
         "stopped_early": stopped_early(rows, recipe),
-        "wall_s": round(read_summary(run_dir).get("wall_s", 0.0) + seconds, 1),
+        "wall_s": round(before.get("wall_s", 0.0) + seconds, 1),
+        "stage_s": stage_seconds(before.get("stage_s", {}), stages),
         "settings": settings(recipe),
         "difficulty": difficulty(run_dir),
         "best": best._asdict() if best is not None else None,
@@ -49,6 +53,13 @@ def summarize(
     write_whole(run_dir / SUMMARY, json.dumps(summary, indent=1))
     write_report(run_dir)
     return summary
+
+
+def stage_seconds(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Both together, by stage; what took no time is left out."""
+    names = dict.fromkeys([*before, *now])
+    spent = {name: round(before.get(name, 0.0) + now.get(name, 0.0), 1) for name in names}
+    return {name: seconds for name, seconds in spent.items() if seconds}
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

@@ -60,6 +60,8 @@ def test_a_run_writes_what_it_promises(whole):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 8
     assert summary["eval"]["heldout"].keys() >= {"base", "tuned", "gain"}
+    assert summary["stage_s"]["eval"] > 0
+    assert sum(summary["stage_s"].values()) < summary["wall_s"]
     assert [row["step"] for row in metrics(whole)] == list(range(1, 9))
     assert metrics(whole)[-1]["rewards/sse_test_rewards:closeness"] > 0
     for path in (
@@ -107,6 +109,8 @@ def test_a_stopped_run_saves_and_resumes_to_the_same_digits(whole, tmp_path):
     assert summary["status"] == "interrupted"
     finish(start(tmp_path))
     assert metrics(tmp_path) == metrics(whole)
+    both = json.loads((tmp_path / "tiny" / "summary.json").read_text())["stage_s"]
+    assert both["eval"] > summary["stage_s"]["eval"] > 0
 
 
 def test_a_killed_rollout_worker_changes_nothing_but_the_time(whole, tmp_path):
