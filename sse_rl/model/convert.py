@@ -55,7 +55,8 @@ def convert(teacher: PreTrainedModel, options: Convert, *, seed: int = 0) -> SSE
         UserError: the teacher has a part that SSE-H cannot express, or a kept layer is not there.
     """
     config = converted_config(teacher.config, options)
-    with torch.random.fork_rng(devices=[]):
+    drawn = "cpu" if config.sse_layers else "meta"  # as the teacher has all the rest
+    with torch.random.fork_rng(devices=[]), torch.device(drawn):
         torch.manual_seed(seed)
         student = SSEForCausalLM(config).float().eval()
     copied = {}
@@ -81,7 +82,7 @@ def convert(teacher: PreTrainedModel, options: Convert, *, seed: int = 0) -> SSE
                 f"{options.source}: its tensor {name} {list(x.shape)} has no place in an SSE-H "
                 "model of this configuration"
             )
-    student.load_state_dict(copied, strict=False)
+    student.load_state_dict(copied, strict=False, assign=not config.sse_layers)
     student.tie_weights()
     return student
 

@@ -3,9 +3,12 @@ distilled; then the cold start."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +97,70 @@ def context_length(recipe: Recipe, vocab_size: int) -> int:
     return config.max_position_embeddings
 
 
+class StageWorker:
+    """The Ray actor that the stages before GRPO run in, one after the other.
+
+    It imports at once what they need, and a stage finds the kernels that the last one compiled.
+    """
+
+    def __init__(self, stages: Sequence[str]) -> None:
+        for stage in stages:
+            import_module(f"sse_rl.pipeline.{stage}")
+
+    def run(
+        self,
+        body: Callable[[Recipe, str, str], dict[str, float]],
+        recipe: Recipe,
+        run_dir: str,
+        base: str,
+    ) -> dict[str, float]:
+        import torch
+
+        try:
+            return body(recipe, run_dir, base)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def stage_worker(recipe: Recipe, run_dir: Path) -> Iterator[Any]:
+    """A `StageWorker` on the learner's resources, so that it starts while the model is initialised;
+    None if no stage is left for it."""
+    sections = {DISTILL: recipe.distill, SFT: recipe.sft}
+    stages = [
+        stage
+        for stage, options in sections.items()
+        if options is not None and not (run_dir / stage).exists()
+    ]
+    if not stages:
+        yield None
+        return
+    resources = recipe.cluster
+    worker = (
+        ray.remote(StageWorker)
+        .options(
+            num_cpus=resources.learner_cpus,
+            num_gpus=resources.learner_gpus,
+            runtime_env=cluster.KEEP_FREED_MEMORY,
+        )
+        .remote(stages)
+    )
+    try:
+        yield worker
+    finally:
+        ray.kill(worker)  # pyright: ignore[reportArgumentType]
+
+
 def distill(
-    recipe: Recipe, run_dir: Path, interrupted: Callable[[], None], console: RunConsole
+    worker: Any,
+    recipe: Recipe,
+    run_dir: Path,
+    interrupted: Callable[[], None],
+    console: RunConsole,
 ) -> Path:
-    """Distil the converted model in a process of its own; returns the folder of the result."""
-    _in_process(run_distill, DISTILL, recipe, run_dir, INIT, interrupted, console)
+    """Distil the converted model in a `stage_worker`; returns the folder of the result."""
+    _in_process(worker, run_distill, DISTILL, recipe, run_dir, INIT, interrupted, console)
     measured = json.loads((run_dir / DISTILL / PERPLEXITY).read_text())
     for model, texts in measured.items():
         shown = ", ".join(f"{name} {value:.4g}" for name, value in texts.items())
@@ -107,18 +169,20 @@ def distill(
 
 
 def sft(
+    worker: Any,
     recipe: Recipe,
     run_dir: Path,
     base: Path,
     interrupted: Callable[[], None],
     console: RunConsole,
 ) -> Path:
-    """Run the cold start from `base` in a process of its own; returns the folder of the result."""
-    _in_process(run_sft, SFT, recipe, run_dir, base.name, interrupted, console)
+    """Run the cold start from `base` in a `stage_worker`; returns the folder of the result."""
+    _in_process(worker, run_sft, SFT, recipe, run_dir, base.name, interrupted, console)
     return run_dir / SFT
 
 
 def _in_process(
+    worker: Any,
     body: Callable[[Recipe, str, str], dict[str, float]],
     stage: str,
     recipe: Recipe,
@@ -127,7 +191,7 @@ def _in_process(
     interrupted: Callable[[], None],
     console: RunConsole,
 ) -> None:
-    """Runs a stage's `body` on the learner's resources, unless its folder is there already.
+    """Runs a stage's `body` in `worker`, unless its folder is there already.
 
     If the run is interrupted, the file `<stage>.stop` asks the stage to save its state and end.
     """
@@ -135,14 +199,7 @@ def _in_process(
         return
     stop = stop_file(run_dir, stage)
     stop.unlink(missing_ok=True)
-    resources = recipe.cluster
-    task = ray.remote(body).options(
-        num_cpus=resources.learner_cpus,
-        num_gpus=resources.learner_gpus,
-        max_retries=0,
-        runtime_env=cluster.KEEP_FREED_MEMORY,
-    )
-    call = task.remote(recipe, str(run_dir), base)
+    call = worker.run.remote(body, recipe, str(run_dir), base)
     while not ray.wait([call], timeout=POLL_S)[0]:
         try:
             interrupted()

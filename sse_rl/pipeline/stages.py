@@ -191,18 +191,20 @@ class Job:
 
     def run(self, start: int) -> None:
         """All stages, GRPO from step `start` on."""
-        from sse_rl.pipeline.initial import distill, initialise, sft
+        from sse_rl.pipeline.initial import distill, initialise, sft, stage_worker
 
         if self.recipe.grpo is not None:
             cut_back(self.run_dir, start, max_steps=self.recipe.grpo.max_steps)
-        with self._timed(self.stages()[0]):
-            base = initialise(self.recipe, self.tokenizer, self.run_dir)
-        if self.recipe.distill is not None:
-            with self._timed("distill"):
-                base = distill(self.recipe, self.run_dir, self.interrupted, self.console)
-        if self.recipe.sft is not None:
-            with self._timed("sft"):
-                base = sft(self.recipe, self.run_dir, base, self.interrupted, self.console)
+        with stage_worker(self.recipe, self.run_dir) as worker:
+            shown = self.interrupted, self.console
+            with self._timed(self.stages()[0]):
+                base = initialise(self.recipe, self.tokenizer, self.run_dir)
+            if self.recipe.distill is not None:
+                with self._timed("distill"):
+                    base = distill(worker, self.recipe, self.run_dir, *shown)
+            if self.recipe.sft is not None:
+                with self._timed("sft"):
+                    base = sft(worker, self.recipe, self.run_dir, base, *shown)
         if self.recipe.grpo is not None:
             self.grpo(self.recipe.grpo, base, start)
         with self._timed("export"):
