@@ -181,7 +181,9 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
         *(f"{note}\n" for note in result.get("notes", ())),
         table(["perplexity", *texts], perplexity) if perplexity else "",
         signal(summary),
-        table(SCORED, [_scored(*entry) for entry in result["evaluations"].items()])
+        table(
+            SCORED, [_scored(*entry) for entry in sorted(result["evaluations"].items(), key=_place)]
+        )
         if result["evaluations"]
         else "",
         *(
@@ -221,6 +223,12 @@ def signal(summary: dict[str, Any]) -> str:
         f"Before GRPO, of {found['prompts']} training prompts: {rates}; "
         f"{_percent(found['mixed'])} answered both right and wrong.\n"
     )
+
+
+def _place(entry: tuple[str, Any]) -> tuple[str, int]:
+    """Protocols by name, each in the order of its steps."""
+    protocol, _, step = entry[0].rpartition("-")
+    return (protocol, int(step)) if step.isdigit() else (entry[0], 0)
 
 
 def _scored(name: str, scores: dict[str, Any]) -> list[str]:
