@@ -306,6 +306,9 @@ class Grpo(Section):
 
     max_tokens_per_micro_batch: Positive = 16384
     """The budget of one packed row; how a batch is split never changes its gradient."""
+    share_prompts: bool = False
+    """The learner reads a prompt once for its answers in a row, which go on from its state; worth
+    it where answers are no longer than prompts. A state an answer and layer is kept for it."""
     routing_replay: bool = True
     """The learner routes each token as the rollout did."""
     exact_logprobs: bool = False
@@ -344,6 +347,11 @@ class Grpo(Section):
             )
         if self.dynamic_sampling and self.shuffle_rewards:
             raise ValueError("dynamic_sampling and shuffle_rewards exclude each other")
+        if self.share_prompts and self.exact_logprobs:
+            raise ValueError(
+                "share_prompts with exact_logprobs: the latter scores trajectories as they were "
+                "sampled, one by one; set one of them to false"
+            )
         return self
 
 

@@ -131,21 +131,31 @@ class PackedBatch:
         input_ids        5 6 8 7
         cu_seqlens       0 3 4
         positions        0 1 2 0
-        completion_mask  0 1 1 1
+        predicting         1 2 3
         targets            8 9 4
         sequence           0 0 1
+
+    Where prompts are shared, each stands once, all of them before the answers, and an answer of C
+    tokens takes C - 1 places: (5, 6) answered by (8, 9) and (4,)::
+
+        input_ids        5 6 8
+        cu_seqlens       0 2 3
+        positions        0 1 2
+        predicting         1 2 1
+        targets            8 9 4
+        parent               0
     """
 
     input_ids: np.ndarray
     """[T] int64."""
     cu_seqlens: np.ndarray
-    """[B + 1] int64, where each trajectory begins, and T."""
+    """int64, where each trajectory begins, or each prompt and each answer, and T."""
     positions: np.ndarray
     """[T] int64, place of each token in its own trajectory."""
     routing: np.ndarray
     """[T, L_sse, K] uint8, the rollout's choices."""
-    completion_mask: np.ndarray
-    """[T] bool, True where the next token was sampled."""
+    predicting: np.ndarray
+    """[M] int64, the place whose next token is each target."""
     targets: np.ndarray
     """[M] int64, the sampled tokens."""
     sequence: np.ndarray
@@ -158,3 +168,6 @@ class PackedBatch:
     """[B] float32."""
     scales: np.ndarray
     """[B] float32, what one token's loss counts for in the loss of the optimisation batch."""
+    parent: np.ndarray | None = None
+    """[A] int64, which prompt each answer of two tokens or more continues; None if trajectories
+    are whole."""

@@ -116,6 +116,11 @@ def test_exact_logprobs_want_equal_threads():
     assert "cluster.learner_threads must be given and equal, got 2, None" in message
 
 
+def test_shared_prompts_and_exact_logprobs_are_refused_together():
+    message = refusal(MINIMAL, "grpo.exact_logprobs=true", "grpo.share_prompts=true")
+    assert "share_prompts with exact_logprobs" in message
+
+
 def test_two_origins_of_a_model_are_refused():
     wanted = "exactly one of model.path, model.config, model.convert"
     assert wanted in refusal(MINIMAL, "model.config={hidden_size: 32}")

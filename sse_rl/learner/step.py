@@ -18,6 +18,7 @@ from sse_rl.learner.rescore import rescore
 from sse_rl.learner.routing import balance_loss, flips, partition_shares
 from sse_rl.learner.samples import weigh
 from sse_rl.model.cache import PackedInputs
+from sse_rl.model.fork import fork_inputs
 from sse_rl.model.modeling import PackedOutput, SSEForCausalLM
 from sse_rl.recipe import Grpo
 from sse_rl.types import Group, PackedBatch
@@ -69,7 +70,11 @@ class Learner:
         a row whose loss or gradient was not finite.
         """
         samples = weigh(groups, self.grpo)
-        batches = pack(samples, max_tokens=self.grpo.max_tokens_per_micro_batch)
+        batches = pack(
+            samples,
+            max_tokens=self.grpo.max_tokens_per_micro_batch,
+            share_prompts=self.grpo.share_prompts,
+        )
         return {
             "learning_rate": self.optimizer.learning_rate,
             **trajectory_metrics(groups),
@@ -115,7 +120,9 @@ class Learner:
         balance = _Balance(
             torch.from_numpy(shares).to(self.device), sum(len(b.input_ids) for b in batches)
         )
-        rows = [_Row(b, self.device, replay=self.grpo.routing_replay) for b in batches]
+        look_back = self.model.config.conv_size - 1
+        replay = self.grpo.routing_replay
+        rows = [_Row(b, self.device, look_back, replay=replay) for b in batches]
         tally = Tally()
         updates: list[Update] = []
         for _ in range(self.grpo.num_iterations):
@@ -205,7 +212,7 @@ class Learner:
     def _logprobs(
         self, model: SSEForCausalLM, out: PackedOutput, row: _Row
     ) -> tuple[Tensor, Tensor]:
-        hidden = out.hidden.index_select(0, row.predicting)
+        hidden = out.hidden[row.predicting]  # its gradient adds up in one order
         return model.logprobs(hidden, row.targets, temperature=self.grpo.temperature)
 
 
@@ -233,7 +240,9 @@ class _Balance:
 class _Row:
     """A micro-batch on the learner's device."""
 
-    def __init__(self, batch: PackedBatch, device: torch.device, *, replay: bool) -> None:
+    def __init__(
+        self, batch: PackedBatch, device: torch.device, look_back: int, *, replay: bool
+    ) -> None:
         def load(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device)
 
@@ -241,17 +250,29 @@ class _Row:
         sequence = batch.sequence
         self.input_ids = load(batch.input_ids)
         self.routing = load(batch.routing)
-        self.predicting = load(np.flatnonzero(batch.completion_mask))
+        self.predicting = load(batch.predicting)
         self.targets = load(batch.targets)
         self.lengths = load(batch.lengths)
         self.advantages = load(batch.advantages[sequence])
         self.scales = load(batch.scales[sequence])
         self.rollout = load(batch.logprobs)
+        pieces = np.diff(batch.cu_seqlens).tolist()
+        fork = None
+        if batch.parent is not None:
+            prompts = len(pieces) - len(batch.parent)
+            fork = fork_inputs(
+                pieces[:prompts],
+                pieces[prompts:],
+                batch.parent.tolist(),
+                look_back=look_back,
+                device=device,
+            )
         self.inputs = PackedInputs(
             cu_seqlens=load(batch.cu_seqlens),
             positions=load(batch.positions),
-            max_seqlen=int(np.diff(batch.cu_seqlens).max()),
+            max_seqlen=max(pieces),
             replay=self.routing if replay else None,
+            fork=fork,
         )
         self.old: Tensor | None = None
         """[M] log-probs of the learner before the first update, and the correction's weights."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
 from sse_rl.model.configuration import SSEConfig
+from sse_rl.model.fork import Unfolded
 from sse_rl.model.joined import product
 
 _TILE = 64
@@ -59,11 +60,18 @@ class SoftmaxAttention(nn.Module):
             o = self._attend_pages(q, k, v, seqs, seqs.cache)
             return self.o_proj(o.flatten(-2))
         q, k = rotate(q, k, seqs.positions, theta=self.rope_theta)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            o = _varlen_attention(q, k, v, seqs, self.window)
+        if seqs.fork is None:
+            o = self._attend(q, k, v, seqs)
         else:
-            o = _bucketed_attention(q, k, v, seqs, self.window)
+            whole = seqs.fork.whole
+            q, k, v = (x[whole.rows] for x in (q, k, v))
+            o = self._attend(q, k, v, whole)[whole.places]
         return self.o_proj(o.flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded) -> Tensor:
+        served = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        attend = _varlen_attention if served else _bucketed_attention
+        return attend(q, k, v, seqs, self.window)
 
     def _attend_pages(
         self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, cache: SlotCache
@@ -89,7 +97,7 @@ class SoftmaxAttention(nn.Module):
 
 
 def _varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -112,7 +120,7 @@ def _varlen_attention(
 
 
 def _bucketed_attention(
-    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded, window: int | None
 ) -> Tensor:
     """Sequences whose lengths share a power of two are padded to one batch."""
     lengths = seqs.cu_seqlens.diff()

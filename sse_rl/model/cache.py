@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sse_rl.model.configuration import SSEConfig
+from sse_rl.model.fork import Fork
 
 _COPIED = 64
 """Rows copied at once: what they need between is the size of so many states."""
@@ -118,6 +119,8 @@ class PackedInputs:
     """[B] int64, tokens in the cache before this call."""
     max_context: int = 0
     """Largest of context_lens + this call's lengths."""
+    fork: Fork | None = None
+    """Some pieces continue others of this call; without a cache."""
 
     @property
     def is_step(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from sse_kernels import (
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
+from sse_rl.model.fork import Fork
 from sse_rl.model.projections import can_fuse, fused_inputs
 
 _DECAY_RANK = 16
+
+_Rows = TypeVar("_Rows", LayerInputs, Routing)
 
 
 class SSEMixer(nn.Module):
@@ -98,6 +103,11 @@ class SSEMixer(nn.Module):
         return LayerInputs(q1, k1, q2, k2, v, decays, gate, logits)
 
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
+        if seqs.fork is not None:
+            window = seqs.fork.window
+            return causal_conv(x[window.rows], weight, cu_seqlens=window.cu_seqlens)[0][
+                window.places
+            ]
         if seqs.cache is None:
             return causal_conv(x, weight, cu_seqlens=seqs.cu_seqlens)[0]
         assert seqs.slots is not None
@@ -146,34 +156,80 @@ class SSEMixer(nn.Module):
         self, inputs: LayerInputs, seqs: PackedInputs, replay: Tensor | None
     ) -> tuple[Tensor, Routing]:
         """Whole pieces of sequences; the cache's states, if any, are continued and advanced."""
+        routing = route(inputs.logits, self.config.num_writer, ids=replay)
+        if seqs.fork is not None:
+            return self._forked(inputs, routing, seqs.cu_seqlens, seqs.fork), routing
+        if seqs.cache is None:
+            return self._recur(inputs, routing, seqs.cu_seqlens)[0], routing
+        state = seqs.cache.state[self.index]
+        y, final = self._recur(
+            inputs, routing, seqs.cu_seqlens, state[seqs.slots].float(), output_final=True
+        )
+        assert final is not None
+        state[seqs.slots] = final.to(state.dtype)
+        return y, routing
+
+    def _forked(
+        self, inputs: LayerInputs, routing: Routing, cu_seqlens: Tensor, fork: Fork
+    ) -> Tensor:
+        """Prompts, then their answers from the prompts' final states."""
+        n = fork.prompt_tokens
+        prompts, answers = slice(n), slice(n, None)
+        y, final = self._recur(
+            _rows(inputs, prompts), _rows(routing, prompts), cu_seqlens[: fork.prompts + 1],
+            output_final=True,
+        )  # fmt: skip
+        if not len(fork.parent):
+            return y
+        assert final is not None
+        more, _ = self._recur(
+            _rows(inputs, answers), _rows(routing, answers), cu_seqlens[fork.prompts :] - n,
+            final[fork.parent],
+        )  # fmt: skip
+        return torch.cat([y, more])
+
+    def _recur(
+        self,
+        inputs: LayerInputs,
+        routing: Routing,
+        cu_seqlens: Tensor,
+        initial: Tensor | None = None,
+        *,
+        output_final: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs [T, Hv, Dv] behind norm and gate, and the final states on request."""
         streams, decays, config = inputs[:5], inputs.decays, self.config
-        routing = route(inputs.logits, config.num_writer, ids=replay)
-        state = None if seqs.cache is None else seqs.cache.state[self.index]
         common = {
             "norm_weight": self.o_norm.weight,
             "gate": inputs.gate,
             "eps": config.norm_eps,
-            "cu_seqlens": seqs.cu_seqlens,
-            "initial_state": None if state is None else state[seqs.slots].float(),
-            "output_final_state": state is not None,
+            "cu_seqlens": cu_seqlens,
+            "initial_state": initial,
+            "output_final_state": output_final,
         }
         if config.linear_attn_type == "gla":
-            y, final = sse_gla_layer(*streams, *decays, routing, row_topk=config.row_topk, **common)
-        else:
-            y, final = sse_gdn_layer(
-                *streams,
-                *decays,
-                routing,
-                A_log=self.A_log,
-                dt_bias=self.dt_bias,
-                allow_neg_eigval=config.allow_neg_eigval,
-                gate_after_norm=config.gate_after_norm,
-                **common,
-            )
-        if state is not None:
-            assert final is not None
-            state[seqs.slots] = final.to(state.dtype)
-        return y, routing
+            return sse_gla_layer(*streams, *decays, routing, row_topk=config.row_topk, **common)
+        return sse_gdn_layer(
+            *streams,
+            *decays,
+            routing,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            allow_neg_eigval=config.allow_neg_eigval,
+            gate_after_norm=config.gate_after_norm,
+            **common,
+        )
+
+
+def _rows(inputs: _Rows, rows: slice) -> _Rows:
+    """The same of some tokens."""
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(cut(y) for y in x)
+        return None if x is None else x[rows]
+
+    return type(inputs)(*(cut(x) for x in inputs))
 
 
 def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:

@@ -27,13 +27,33 @@ def test_the_row_is_the_one_of_the_docstring() -> None:
     assert row.input_ids.tolist() == [5, 6, 8, 7]
     assert row.cu_seqlens.tolist() == [0, 3, 4]
     assert row.positions.tolist() == [0, 1, 2, 0]
-    assert row.completion_mask.tolist() == [False, True, True, True]
+    assert row.predicting.tolist() == [1, 2, 3]
     assert row.targets.tolist() == [8, 9, 4]
     assert row.sequence.tolist() == [0, 0, 1]
     assert row.logprobs.tolist() == [0, -1, 0]
     assert row.lengths.tolist() == [2, 1]
     assert row.routing[:, 0, 0].tolist() == [2, 2, 2, 1]
     assert row.advantages.tolist() == [2, 1]
+
+
+def test_the_shared_row_is_the_one_of_the_docstring() -> None:
+    pair = [sample((5, 6), (8, 9)), sample((5, 6), (4,))]
+    (row,) = pack(pair, max_tokens=100, share_prompts=True)
+    assert row.input_ids.tolist() == [5, 6, 8]
+    assert row.cu_seqlens.tolist() == [0, 2, 3]
+    assert row.positions.tolist() == [0, 1, 2]
+    assert row.predicting.tolist() == [1, 2, 1]
+    assert row.targets.tolist() == [8, 9, 4]
+    assert row.parent is not None and row.parent.tolist() == [0]
+    assert row.routing[:, 0, 0].tolist() == [2, 2, 2]
+
+
+def test_a_prompt_routed_otherwise_is_not_shared() -> None:
+    other = sample((5, 6), (4, 7), routing=np.ones((3, 2, 1), np.uint8))
+    (row,) = pack([sample((5, 6), (8, 9)), other], max_tokens=100, share_prompts=True)
+    assert row.input_ids.tolist() == [5, 6, 5, 6, 8, 4]
+    assert row.parent is not None and row.parent.tolist() == [0, 1]
+    assert row.routing[:, 0, 0].tolist() == [2, 2, 1, 1, 2, 1]
 
 
 def test_a_longer_trajectory_has_a_row_of_its_own() -> None:
@@ -46,6 +66,23 @@ def test_a_longer_trajectory_has_a_row_of_its_own() -> None:
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30)
 
 
+@given(lengths, st.integers(1, 40), st.integers(1, 4))
+def test_every_shared_trajectory_can_be_read_from_its_row(sizes, budget, prompts) -> None:
+    samples = [sample((i % prompts,) * 3, (i + 10,) * c) for i, (_, c) in enumerate(sizes)]
+    seen: list[int] = []
+    for row in pack(samples, max_tokens=budget, share_prompts=True):
+        assert len(row.input_ids) <= budget or len(row.lengths) == 1
+        first = np.cumsum(row.lengths) - row.lengths
+        for at, length in zip(first, row.lengths, strict=True):
+            index, places = int(row.targets[at]) - 10, row.predicting[at : at + length]
+            assert length == sizes[index][1]
+            assert row.input_ids[places[0]] == index % prompts
+            assert (row.input_ids[places[1:]] == index + 10).all()
+            assert row.positions[places].tolist() == list(range(2, 2 + length))
+            seen.append(index)
+    assert sorted(seen) == list(range(len(sizes)))
+
+
 @given(lengths, st.integers(1, 40))
 def test_every_trajectory_is_in_one_row_within_the_budget(sizes, budget) -> None:
     samples = [sample((i,) * p, (i,) * c) for i, (p, c) in enumerate(sizes)]
@@ -55,8 +92,8 @@ def test_every_trajectory_is_in_one_row_within_the_budget(sizes, budget) -> None
         starts = row.cu_seqlens
         assert starts[-1] == len(row.input_ids) == len(row.positions) == len(row.routing)
         assert starts[-1] <= budget or len(starts) == 2
-        assert row.completion_mask.sum() == len(row.targets) == row.lengths.sum()
-        assert (row.input_ids[row.completion_mask] == row.targets).all()
+        assert len(row.predicting) == len(row.targets) == row.lengths.sum()
+        assert (row.input_ids[row.predicting] == row.targets).all()
         members = row.input_ids[starts[:-1]].tolist()
         assert members == sorted(members)
         assert row.lengths.tolist() == [sizes[i][1] for i in members]

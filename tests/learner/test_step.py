@@ -40,6 +40,36 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("changes", LOSSES, ids=lambda c: " ".join(map(str, c.values())))
+@pytest.mark.parametrize("kind", ["gla", "gdn"])
+def test_shared_prompts_do_not_change_the_update(policy, settings, batch, kind, changes) -> None:
+    groups = perturb(batch(policy(linear_attn_type=kind), prompts=4))
+    one_token = groups[1].trajectories[0]
+    one_token.token_ids, one_token.logprobs = one_token.token_ids[:1], one_token.logprobs[:1]
+    one_token.routing = one_token.routing[: len(groups[1].prompt.token_ids)]
+    groups[2].trajectories[3].reward = None
+    results = []
+    for shared in ({}, {"share_prompts": True}, {"share_prompts": True, "budget": 25}):
+        budget = shared.pop("budget", 10_000)
+        grpo = settings(
+            max_tokens_per_micro_batch=budget, router_aux_loss_coef=0.0, **shared, **changes
+        )
+        reference = policy(initializer_range=0.21, linear_attn_type=kind) if grpo.beta else None
+        learner = Learner(policy(linear_attn_type=kind), grpo, reference=reference)
+        before = weights_of(learner)
+        metrics = learner.step(groups)
+        results.append((metrics, {k: v - before[k] for k, v in learner.weights().items()}))
+    (whole, update), *others = results
+    assert others[0][0]["tokens"] < whole["tokens"]
+    assert others[1][0]["num_micro_batches"] > 1
+    counted = ("tokens", "num_micro_batches", "flip_rate", "aux_loss")  # of tokens, prompts once
+    for metrics, changed in others:
+        for name in metrics.keys() - set(counted):
+            assert metrics[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+        for name, difference in changed.items():
+            torch.testing.assert_close(difference, update[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("changes", LOSSES, ids=lambda c: " ".join(map(str, c.values())))
 def test_micro_batching_does_not_change_the_update(policy, settings, batch, changes) -> None:
     groups = perturb(batch(policy()))
     groups[1].trajectories[0].finish_reason = "length"

@@ -1,0 +1,95 @@
+"""Prompts that stand once before all of their answers: each answer goes on from its prompt's past.
+
+A recurrent layer hands its state on. What knows whole sequences alone, the short convolution and
+softmax attention, reads a longer row in which every answer stands behind what it needs of its
+prompt, and each token's value is taken from there. Gradients go all these ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unfolded:
+    """A row in which answers stand behind their prompts, of tokens of a row where they do not."""
+
+    rows: Tensor
+    """[U] int64, the token at each place."""
+    cu_seqlens: Tensor
+    """[B+1] int64, where each piece begins."""
+    positions: Tensor
+    """[U] int64, place of each token in its piece."""
+    max_seqlen: int
+    places: Tensor
+    """[T] int64, where each token's value stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """How the pieces of a row continue each other: the first are prompts, the others answers."""
+
+    prompts: int
+    """How many pieces are prompts."""
+    prompt_tokens: int
+    """And how many tokens."""
+    parent: Tensor
+    """[A] int64, which prompt each answer continues."""
+    whole: Unfolded
+    """Answers behind their whole prompts."""
+    window: Unfolded
+    """Answers behind the last tokens of their prompts, as many as the convolution looks back."""
+
+
+def fork_inputs(
+    prompts: Sequence[int],
+    answers: Sequence[int],
+    parent: Sequence[int],
+    *,
+    look_back: int,
+    device: torch.device | str = "cpu",
+) -> Fork:
+    """For a row of prompts of these lengths and, behind them, answers that continue `parent`.
+
+    look_back: tokens before its own that the convolution reads, W - 1.
+    """
+
+    def load(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    ends = np.cumsum([*prompts, *answers])
+
+    def unfold(most: int) -> Unfolded:
+        """Answers behind the last `most` tokens of their prompts."""
+        pieces = [np.arange(end - n, end) for n, end in zip(prompts, ends, strict=False)]
+        before = [np.arange(0)] * len(prompts)
+        for prompt, n, end in zip(parent, answers, ends[len(prompts) :], strict=True):
+            before.append(pieces[prompt][max(len(pieces[prompt]) - most, 0) :])
+            pieces.append(np.arange(end - n, end))
+        sizes = np.array([len(x) + len(y) for x, y in zip(before, pieces, strict=True)])
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        places = [
+            start + len(x) + np.arange(len(y))
+            for start, x, y in zip(starts, before, pieces, strict=False)
+        ]
+        rows = [part for pair in zip(before, pieces, strict=True) for part in pair]
+        return Unfolded(
+            rows=load(np.concatenate(rows)),
+            cu_seqlens=load(starts),
+            positions=load(np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)),
+            max_seqlen=int(sizes.max()),
+            places=load(np.concatenate(places)),
+        )
+
+    return Fork(
+        len(prompts),
+        sum(prompts),
+        load(np.array(parent, np.int64)),
+        unfold(max(prompts)),
+        unfold(look_back),
+    )
