@@ -120,6 +120,29 @@ def _queue(result: dict[str, Any]) -> str:
     return note + head + "|---" * 6 + "|\n" + "".join(lines)
 
 
+def shared_prompts() -> str:
+    """A learner's step either way, a block a device."""
+    blocks = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("shared-prompts-*.json")):
+        result = json.loads(path.read_text())
+        lines = [
+            f"| {row['prompt']}, {row['answer']} | {row['whole tokens']:,} | "
+            f"{row['shared tokens']:,} | {row['whole s']:.2f} s | {row['shared s']:.2f} s | "
+            f"{row['whole s'] / row['shared s']:.2f} x |\n"
+            for row in result["rows"]
+        ]
+        threads = f", {result['threads']} threads" if result["threads"] else ""
+        blocks.append(
+            "| tokens of a prompt, an answer | fed whole | shared | a step, whole | shared | |\n"
+            + "|---" * 6
+            + "|\n"
+            + "".join(lines)
+            + f"\n{result['device']}{threads}, torch {result['torch']}, {result['date']}, commit "
+            f"{result['commit']}, `{result['command']}`.\n"
+        )
+    return "\n".join(blocks)
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -128,6 +151,7 @@ TABLES: dict[str, Any] = {
     "quickstart": quickstart,
     "grpo_gpu": grpo_gpu,
     "rollout_gpu": rollout_gpu,
+    "shared_prompts": shared_prompts,
     **kernel_tables.TABLES,
     **conversion_tables.TABLES,
 }
