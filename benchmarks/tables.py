@@ -120,6 +120,29 @@ def _queue(result: dict[str, Any]) -> str:
     return note + head + "|---" * 6 + "|\n" + "".join(lines)
 
 
+def gsm8k() -> str:
+    """The pretrained model before its reinforcement learning and after."""
+    path = ROOT / "benchmarks" / "results" / "gsm8k-gsm8k_smollm2.json"
+    result = json.loads(path.read_text())
+    found, last = result["evaluations"], result["summary"]["steps"]
+    lines = []
+    for name, step in (("converted, distilled, taught", 0), (f"after {last} steps of GRPO", last)):
+        scores, greedy = found[f"heldout-{step}"], found[f"heldout_greedy-{step}"]
+        low, high = (100 * x for x in scores["ci_sampling"])
+        cells = [f"{percent(scores['avg'])} ({low:.1f} to {high:.1f})", percent(scores["maj"])]
+        cells += [percent(scores["pass_at"]["8"]), percent(greedy["avg"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |\n")
+    gain = result["gain"]["heldout"]
+    note = (
+        f"\nGSM8K's {gain['problems']:,} test problems; {100 * gain['difference']:+.1f} points, "
+        f"p = {gain['p']:.1g} (paired); {result['summary']['wall_s'] / 60:.1f} minutes, evaluations "
+        f"included; {result['device']}, torch {result['torch']}, {result['date']}, commit "
+        f"{result['commit']}, `{result['command']}`.\n"
+    )
+    head = "| SmolLM2-135M-Instruct as SSE-H | avg@8 | maj@8 | pass@8 | greedy |\n"
+    return head + "|---" * 5 + "|\n" + "".join(lines) + note
+
+
 def shared_prompts() -> str:
     """A learner's step either way, a block a device."""
     blocks = []
@@ -151,6 +174,7 @@ TABLES: dict[str, Any] = {
     "quickstart": quickstart,
     "grpo_gpu": grpo_gpu,
     "rollout_gpu": rollout_gpu,
+    "gsm8k": gsm8k,
     "shared_prompts": shared_prompts,
     **kernel_tables.TABLES,
     **conversion_tables.TABLES,
