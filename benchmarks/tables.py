@@ -136,8 +136,8 @@ def gsm8k() -> str:
     note = (
         f"\nGSM8K's {gain['problems']:,} test problems; {100 * gain['difference']:+.1f} points, "
         f"p = {gain['p']:.1g} (paired); {result['summary']['wall_s'] / 60:.1f} minutes, "
-        f"evaluations included; {result['device']}, torch {result['torch']}, {result['date']}, commit "
-        f"{result['commit']}, `{result['command']}`.\n"
+        f"evaluations included; {result['device']}, torch {result['torch']}, {result['date']}, "
+        f"commit {result['commit']}, `{result['command']}`.\n"
     )
     head = "| SmolLM2-135M-Instruct as SSE-H | avg@8 | maj@8 | pass@8 | greedy |\n"
     return head + "|---" * 5 + "|\n" + "".join(lines) + note
