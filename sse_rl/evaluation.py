@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class Checkpoint:
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         policy = load_policy(self.folder, dtype)
         index, buffer = pack(policy.state_dict(), version=0)
+        crc = zlib.crc32(memoryview(buffer))  # pyright: ignore[reportArgumentType]
         cluster.connect(self.address)
         rollout = rollout_of(self.workers, self.max_num_seqs)
         pool = make_pool(
@@ -136,7 +138,7 @@ class Checkpoint:
             pool.set_weights(index, ray.put(buffer))
             yield Opened(
                 PoolGenerator(pool, self.prompter, self.context),
-                {"name": self.name, "weights_crc32": f"{index.checksum:08x}"},
+                {"name": self.name, "weights_crc32": f"{crc:08x}"},
                 round(rollout.num_workers * rollout.num_gpus_per_worker),
             )
         finally:

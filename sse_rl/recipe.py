@@ -307,8 +307,8 @@ class Grpo(Section):
     max_tokens_per_micro_batch: Positive = 16384
     """The budget of one packed row; how a batch is split never changes its gradient."""
     share_prompts: bool = False
-    """The learner reads a prompt once for its answers in a row, which go on from its state; worth
-    it where answers are no longer than prompts. A state an answer and layer is kept for it."""
+    """The learner reads a prompt once for its answers in a row, which go on from its state. Less
+    work, and more memory a token, the longer prompts are beside answers."""
     routing_replay: bool = True
     """The learner routes each token as the rollout did."""
     exact_logprobs: bool = False

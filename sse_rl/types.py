@@ -124,7 +124,7 @@ class PackedBatch:
 
     A trajectory of P prompt tokens and C sampled ones takes P + C - 1 places, as its last token is
     never fed; the place of each token predicts the next, so C of its places carry a loss. Arrays
-    over the M places with a loss run in the order of the row.
+    over the M sampled tokens run in the order of the trajectories.
 
     Example: prompts (5, 6) and (7,) answered by (8, 9) and (4,)::
 
@@ -144,12 +144,13 @@ class PackedBatch:
         predicting         1 2 1
         targets            8 9 4
         parent               0
+        readers          2 2 1
     """
 
     input_ids: np.ndarray
     """[T] int64."""
     cu_seqlens: np.ndarray
-    """int64, where each trajectory begins, or each prompt and each answer, and T."""
+    """[B + 1] int64, where each trajectory begins, and T; or each prompt and each answer."""
     positions: np.ndarray
     """[T] int64, place of each token in its own trajectory."""
     routing: np.ndarray
@@ -171,3 +172,10 @@ class PackedBatch:
     parent: np.ndarray | None = None
     """[A] int64, which prompt each answer of two tokens or more continues; None if trajectories
     are whole."""
+    readers: np.ndarray | None = None
+    """[T] int64, how many trajectories have each place; None if one each."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all its trajectories."""
+        return len(self.input_ids) if self.readers is None else int(self.readers.sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +10,9 @@ from sse_rl.data.problems import Problem
 from sse_rl.errors import UserError
 from sse_rl.recipe import Data
 from sse_rl.types import Prompt
+
+AT_ONCE = 1024
+"""Texts that are tokenized in one call."""
 
 
 def render(
@@ -99,12 +102,13 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def tokenize_all(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of each text without special tokens of the tokenizer's own; one call, on all cores."""
-    if not texts:
-        return []
-    batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
-    return batch["input_ids"]  # pyright: ignore[reportReturnType]
+def tokenize_all(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Ids of each text without special tokens of the tokenizer's own, so many texts at once, on
+    all cores."""
+    for first in range(0, len(texts), AT_ONCE):
+        some = list(texts[first : first + AT_ONCE])
+        batch = tokenizer(some, add_special_tokens=False, return_attention_mask=False)
+        yield from batch["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def _rendered(problem: Problem, tokenizer: PreTrainedTokenizerBase, data: Data) -> str:

@@ -85,6 +85,7 @@ def _shared_row(samples: list[Sample]) -> PackedBatch:
     of_sample = [place[_prompt(sample)] for sample in samples]
     prompts = [np.array(sample.prompt_token_ids) for sample in first.values()]
     ends = np.cumsum([len(prompt) for prompt in prompts])
+    readers = np.repeat(np.bincount(of_sample), [len(prompt) for prompt in prompts])
     pieces = list(prompts)
     positions = [np.arange(len(prompt)) for prompt in prompts]
     routing = [s.trajectory.routing[: len(s.prompt_token_ids)] for s in first.values()]
@@ -105,6 +106,7 @@ def _shared_row(samples: list[Sample]) -> PackedBatch:
         routing=np.concatenate(routing),
         predicting=np.concatenate(predicting),
         parent=np.array(parent, np.int64),
+        readers=np.concatenate([readers, np.ones(filled - ends[-1], np.int64)]),
         **_sampled(samples),
     )
 

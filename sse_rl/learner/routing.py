@@ -9,32 +9,46 @@ from torch import Tensor
 from sse_rl.model.balance import load_balance_loss
 
 
-def partition_shares(routing: list[np.ndarray], *, num_partitions: int) -> np.ndarray:
+def partition_shares(
+    routing: list[np.ndarray], readers: list[np.ndarray | None], *, num_partitions: int
+) -> np.ndarray:
     """F [L_sse, N] float32: share of a batch's tokens whose recorded choice holds each partition.
 
-    `routing` holds one [T, L_sse, K] array of ids a micro-batch. Raises ValueError for an id >= N.
+    `routing` holds one [T, L_sse, K] array of ids a micro-batch, `readers` how often each token
+    counts, [T], or None for once. Raises ValueError for an id >= N.
     """
     layers = routing[0].shape[1] if routing else 0
     offsets = np.arange(layers, dtype=np.int64)[:, None] * num_partitions
     counts = np.zeros(layers * num_partitions, np.int64)
-    for ids in routing:
+    tokens = 0
+    for ids, times in zip(routing, readers, strict=True):
         if ids.size and ids.max() >= num_partitions:
             raise ValueError(f"recorded partition {ids.max()} of a router over {num_partitions}")
-        counts += np.bincount((ids + offsets).ravel(), minlength=len(counts))
-    tokens = max(sum(len(ids) for ids in routing), 1)
-    return (counts.reshape(layers, num_partitions) / tokens).astype(np.float32)
+        often = None if times is None else np.repeat(times, ids[0].size)
+        found = np.bincount((ids + offsets).ravel(), often, minlength=len(counts))
+        counts += found.astype(np.int64)
+        tokens += len(ids) if times is None else int(times.sum())
+    return (counts.reshape(layers, num_partitions) / max(tokens, 1)).astype(np.float32)
 
 
 def balance_loss(
-    router_probs: list[Tensor], recorded: Tensor, *, shares: Tensor, num_tokens: int
+    router_probs: list[Tensor],
+    recorded: Tensor,
+    readers: Tensor | None = None,
+    *,
+    shares: Tensor,
+    num_tokens: int,
 ) -> Tensor:
     """A micro-batch's part of the load-balance loss of its optimisation batch, summed over layers.
 
-    `router_probs` are the live [T, N] of each layer; `shares` [L_sse, N] and `num_tokens` are those
-    of the whole batch, so that the parts add up to its loss (sse_spec, section 6).
+    `router_probs` are the live [T, N] of each layer, `readers` [T] how often each token counts;
+    `shares` [L_sse, N] and `num_tokens` are those of the whole batch, so that the parts add up to
+    its loss (sse_spec, section 6).
     """
     total = shares.new_zeros(())
     for layer, probs in enumerate(router_probs):
+        if readers is not None:
+            probs = probs * readers[:, None]
         total = total + load_balance_loss(
             probs, recorded[:, layer], share=shares[layer], tokens=num_tokens
         )
@@ -42,10 +56,11 @@ def balance_loss(
 
 
 @torch.no_grad()
-def flips(router_probs: list[Tensor], recorded: Tensor) -> Tensor:
+def flips(router_probs: list[Tensor], recorded: Tensor, readers: Tensor | None = None) -> Tensor:
     """How many (token, layer) would not choose the `recorded` [T, L_sse, K] partitions; scalar.
 
-    One flips where a partition left out has a higher live probability than one chosen.
+    One flips where a partition left out has a higher live probability than one chosen. A token
+    counts as often as `readers` [T] says, else once.
     """
     total = recorded.new_zeros((), dtype=torch.int64)
     for layer, probs in enumerate(router_probs):
@@ -53,5 +68,6 @@ def flips(router_probs: list[Tensor], recorded: Tensor) -> Tensor:
         chosen.scatter_(1, recorded[:, layer].long(), True)
         least = probs.masked_fill(~chosen, torch.inf).amin(1)
         most = probs.masked_fill(chosen, -torch.inf).amax(1)
-        total += (most > least).sum()
+        flipped = most > least
+        total += (flipped if readers is None else flipped * readers).sum()
     return total

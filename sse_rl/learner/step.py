@@ -18,7 +18,7 @@ from sse_rl.learner.rescore import rescore
 from sse_rl.learner.routing import balance_loss, flips, partition_shares
 from sse_rl.learner.samples import weigh
 from sse_rl.model.cache import PackedInputs
-from sse_rl.model.fork import fork_inputs
+from sse_rl.model.fork import fork_inputs, take
 from sse_rl.model.modeling import PackedOutput, SSEForCausalLM
 from sse_rl.recipe import Grpo
 from sse_rl.types import Group, PackedBatch
@@ -115,10 +115,12 @@ class Learner:
     def _optimise(self, batches: list[PackedBatch]) -> dict[str, float]:
         """`num_iterations` updates on the micro-batches of one optimisation batch."""
         shares = partition_shares(
-            [b.routing for b in batches], num_partitions=self.model.config.num_sparse_partition
+            [b.routing for b in batches],
+            [b.readers for b in batches],
+            num_partitions=self.model.config.num_sparse_partition,
         )
         balance = _Balance(
-            torch.from_numpy(shares).to(self.device), sum(len(b.input_ids) for b in batches)
+            torch.from_numpy(shares).to(self.device), sum(b.num_tokens for b in batches)
         )
         look_back = self.model.config.conv_size - 1
         replay = self.grpo.routing_replay
@@ -164,7 +166,11 @@ class Learner:
         )
         policy = policy_loss(logprobs, tokens, self.grpo)
         aux = balance_loss(
-            out.router_probs, row.routing, shares=balance.shares, num_tokens=balance.num_tokens
+            out.router_probs,
+            row.routing,
+            row.readers,
+            shares=balance.shares,
+            num_tokens=balance.num_tokens,
         )
         loss = policy.loss + self._aux_coef * aux
         loss.backward()
@@ -206,13 +212,14 @@ class Learner:
             {"rollout_logprob_diff_max": gap.abs().max(), "importance_ratio/max": ratio.max()}
         )
         if out.router_probs:
-            choices = row.routing.shape[0] * row.routing.shape[1]
-            tally.mean({"flip_rate": flips(out.router_probs, row.routing)}, count=choices)
+            choices = row.batch.num_tokens * row.routing.shape[1]
+            found = flips(out.router_probs, row.routing, row.readers)
+            tally.mean({"flip_rate": found}, count=choices)
 
     def _logprobs(
         self, model: SSEForCausalLM, out: PackedOutput, row: _Row
     ) -> tuple[Tensor, Tensor]:
-        hidden = out.hidden[row.predicting]  # its gradient adds up in one order
+        hidden = take(out.hidden, row.predicting)
         return model.logprobs(hidden, row.targets, temperature=self.grpo.temperature)
 
 
@@ -251,6 +258,7 @@ class _Row:
         self.input_ids = load(batch.input_ids)
         self.routing = load(batch.routing)
         self.predicting = load(batch.predicting)
+        self.readers = None if batch.readers is None else load(batch.readers)
         self.targets = load(batch.targets)
         self.lengths = load(batch.lengths)
         self.advantages = load(batch.advantages[sequence])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
 from sse_rl.model.configuration import SSEConfig
-from sse_rl.model.fork import Unfolded
+from sse_rl.model.fork import Unfolded, take
 from sse_rl.model.joined import product
 
 _TILE = 64
@@ -63,9 +63,9 @@ class SoftmaxAttention(nn.Module):
         if seqs.fork is None:
             o = self._attend(q, k, v, seqs)
         else:
-            whole = seqs.fork.whole
-            q, k, v = (x[whole.rows] for x in (q, k, v))
-            o = self._attend(q, k, v, whole)[whole.places]
+            behind = seqs.fork.whole
+            q, k, v = (take(x, behind.rows) for x in (q, k, v))
+            o = self._attend(q, k, v, behind)[behind.places]
         return self.o_proj(o.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded) -> Tensor:

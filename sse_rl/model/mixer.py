@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
-from sse_rl.model.fork import Fork
+from sse_rl.model.fork import Fork, take
 from sse_rl.model.projections import can_fuse, fused_inputs
 
 _DECAY_RANK = 16
-
-_Rows = TypeVar("_Rows", LayerInputs, Routing)
 
 
 class SSEMixer(nn.Module):
@@ -104,10 +102,9 @@ class SSEMixer(nn.Module):
 
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
         if seqs.fork is not None:
-            window = seqs.fork.window
-            return causal_conv(x[window.rows], weight, cu_seqlens=window.cu_seqlens)[0][
-                window.places
-            ]
+            behind = seqs.fork.window
+            rows = take(x, behind.rows)
+            return causal_conv(rows, weight, cu_seqlens=behind.cu_seqlens)[0][behind.places]
         if seqs.cache is None:
             return causal_conv(x, weight, cu_seqlens=seqs.cu_seqlens)[0]
         assert seqs.slots is not None
@@ -173,19 +170,13 @@ class SSEMixer(nn.Module):
         self, inputs: LayerInputs, routing: Routing, cu_seqlens: Tensor, fork: Fork
     ) -> Tensor:
         """Prompts, then their answers from the prompts' final states."""
-        n = fork.prompt_tokens
-        prompts, answers = slice(n), slice(n, None)
-        y, final = self._recur(
-            _rows(inputs, prompts), _rows(routing, prompts), cu_seqlens[: fork.prompts + 1],
-            output_final=True,
-        )  # fmt: skip
+        bounds = cu_seqlens[: fork.prompts + 1], cu_seqlens[fork.prompts :] - fork.prompt_tokens
+        first, others = _split((inputs, routing), fork.prompt_tokens)
+        y, final = self._recur(first[0], first[1], bounds[0], output_final=True)
         if not len(fork.parent):
             return y
         assert final is not None
-        more, _ = self._recur(
-            _rows(inputs, answers), _rows(routing, answers), cu_seqlens[fork.prompts :] - n,
-            final[fork.parent],
-        )  # fmt: skip
+        more, _ = self._recur(others[0], others[1], bounds[1], take(final, fork.parent))
         return torch.cat([y, more])
 
     def _recur(
@@ -221,15 +212,18 @@ class SSEMixer(nn.Module):
         )
 
 
-def _rows(inputs: _Rows, rows: slice) -> _Rows:
-    """The same of some tokens."""
-
-    def cut(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(cut(y) for y in x)
-        return None if x is None else x[rows]
-
-    return type(inputs)(*(cut(x) for x in inputs))
+def _split(x: Any, n: int) -> tuple[Any, Any]:
+    """The first n rows and the others, of the tensors in nested tuples."""
+    if x is None:
+        return None, None
+    if isinstance(x, tuple):
+        make = getattr(x, "_make", tuple)
+        first, others = zip(*(_split(y, n) for y in x), strict=True)
+        return make(first), make(others)
+    first, others = x.split([n, len(x) - n])
+    # Kernels are compiled for addresses of 16 bytes, and anew for others.
+    aligned = others.storage_offset() * others.element_size() % 16 == 0
+    return first, others if aligned else others.clone()
 
 
 def _low_rank(d: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:

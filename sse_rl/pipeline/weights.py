@@ -57,7 +57,7 @@ def pack(
     for entry, tensor in zip(entries, tensors.values(), strict=True):
         _view(into, entry).copy_(tensor.detach(), non_blocking=True)
     if on_gpu:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     buffer = into.numpy()
     return WeightsIndex(version, tuple(entries), offset, _checksum(buffer)), buffer
 
@@ -65,7 +65,7 @@ def pack(
 def unpack(index: WeightsIndex, buffer: np.ndarray) -> dict[str, torch.Tensor]:
     """The tensors again, as views of the buffer, which are not to be written.
 
-    Raises ValueError if the buffer is not, byte for byte, the one that was packed.
+    Raises ValueError if the buffer's size or its checksum is not the one that was packed.
     """
     if buffer.nbytes != index.nbytes or _checksum(buffer) != index.checksum:
         raise ValueError(

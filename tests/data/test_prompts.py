@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sse_rl.data.problems import Problem
-from sse_rl.data.prompts import drop_long, refuse_long, render, target, tokenize, tokenize_all
+from sse_rl.data.prompts import (
+    AT_ONCE,
+    drop_long,
+    refuse_long,
+    render,
+    target,
+    tokenize,
+    tokenize_all,
+)
 from sse_rl.data.stream import PromptStream
 from sse_rl.data.tokenizer import byte_tokenizer, load_tokenizer
 from sse_rl.errors import UserError
@@ -42,9 +50,10 @@ def test_a_saved_tokenizer_is_read_by_plain_transformers(tmp_path: Path):
 
 
 def test_texts_tokenized_together_have_the_ids_that_each_has_alone():
-    texts = ["", "né", "<|im_start|>user\n1 + 2<|im_end|>\n"]
-    assert tokenize_all(texts, TOKENIZER) == [[*tokenize(text, TOKENIZER)] for text in texts]
-    assert tokenize_all([], TOKENIZER) == []
+    texts = ["", "né", "<|im_start|>user\n1 + 2<|im_end|>\n"] * (AT_ONCE // 2)
+    alone = [[*tokenize(text, TOKENIZER)] for text in texts]
+    assert list(tokenize_all(texts, TOKENIZER)) == alone
+    assert list(tokenize_all([], TOKENIZER)) == []
 
 
 def test_a_prompt_ends_where_the_model_begins():

@@ -45,6 +45,8 @@ def test_the_shared_row_is_the_one_of_the_docstring() -> None:
     assert row.predicting.tolist() == [1, 2, 1]
     assert row.targets.tolist() == [8, 9, 4]
     assert row.parent is not None and row.parent.tolist() == [0]
+    assert row.readers is not None and row.readers.tolist() == [2, 2, 1]
+    assert row.num_tokens == 5
     assert row.routing[:, 0, 0].tolist() == [2, 2, 2]
 
 

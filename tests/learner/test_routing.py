@@ -23,5 +23,5 @@ def test_flips_are_the_tokens_whose_set_differs(partitions: int, k: int) -> None
 def test_shares_count_the_tokens_that_chose() -> None:
     first = np.array([[[0, 1]], [[0, 2]]], np.uint8)
     second = np.array([[[0, 1]], [[1, 3]]], np.uint8)
-    shares = partition_shares([first, second], num_partitions=4)
+    shares = partition_shares([first, second], [None, None], num_partitions=4)
     assert shares.tolist() == [[0.75, 0.75, 0.25, 0.25]]

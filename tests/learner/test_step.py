@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_shared_prompts_do_not_change_the_update(policy, settings, batch, kind, 
     for shared in ({}, {"share_prompts": True}, {"share_prompts": True, "budget": 25}):
         budget = shared.pop("budget", 10_000)
         grpo = settings(
-            max_tokens_per_micro_batch=budget, router_aux_loss_coef=0.0, **shared, **changes
+            max_tokens_per_micro_batch=budget, router_aux_loss_coef=0.5, **shared, **changes
         )
         reference = policy(initializer_range=0.21, linear_attn_type=kind) if grpo.beta else None
         learner = Learner(policy(linear_attn_type=kind), grpo, reference=reference)
@@ -61,12 +62,30 @@ def test_shared_prompts_do_not_change_the_update(policy, settings, batch, kind, 
     (whole, update), *others = results
     assert others[0][0]["tokens"] < whole["tokens"]
     assert others[1][0]["num_micro_batches"] > 1
-    counted = ("tokens", "num_micro_batches", "flip_rate", "aux_loss")  # of tokens, prompts once
     for metrics, changed in others:
-        for name in metrics.keys() - set(counted):
+        for name in metrics.keys() - {"tokens", "num_micro_batches"}:
             assert metrics[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
-        for name, difference in changed.items():
-            torch.testing.assert_close(difference, update[name], rtol=1e-3, atol=1e-6, msg=name)
+        left, right = (torch.cat([x.flatten() for x in y.values()]) for y in (changed, update))
+        assert (left - right).norm() <= 2e-4 * right.norm()  # 8e-5
+
+
+def test_shared_prompts_give_the_same_bits_on_several_threads(policy, settings, batch) -> None:
+    groups = batch(policy(), prompts=2, answers=3)
+    long = tuple(np.random.default_rng(0).integers(3, 29, 800).tolist())
+    for group in groups:
+        group.prompt = dataclasses.replace(group.prompt, token_ids=long)
+        for trajectory in group.trajectories:
+            fed = len(trajectory.token_ids) - 1
+            routing = np.zeros((len(long) + fed, *trajectory.routing.shape[1:]), np.uint8)
+            routing[:] = np.arange(routing.shape[-1])
+            trajectory.routing = routing
+    torch.set_num_threads(2)
+    updated = []
+    for _ in range(2):
+        learner = Learner(policy(hidden_size=64, head_dim=32), settings(share_prompts=True))
+        learner.step(groups)
+        updated.append(weights_of(learner))
+    assert same(*updated)
 
 
 @pytest.mark.parametrize("changes", LOSSES, ids=lambda c: " ".join(map(str, c.values())))
