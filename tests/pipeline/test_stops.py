@@ -32,13 +32,18 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def stop(process: subprocess.Popen[str], log: Path, rows: int, number: signal.Signals) -> None:
-    """Sends the signal once `log` has so many rows, and waits for the end."""
-    while not log.exists() or len(log.read_text().splitlines()) < rows:
+    """Sends the signal once `log` has so many rows, a new one among them, and waits for the end."""
+    rows = max(rows, 1 + written(log))
+    while written(log) < rows:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == (143 if number is signal.SIGTERM else -number), output
+
+
+def written(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 def learned(run: Path) -> dict[str, str]:
