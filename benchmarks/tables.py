@@ -14,6 +14,7 @@ from typing import Any
 
 import conversion_tables
 import kernel_tables
+from markdown_table import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -131,7 +132,7 @@ def gsm8k() -> str:
         low, high = (100 * x for x in scores["ci_sampling"])
         cells = [f"{percent(scores['avg'])} ({low:.1f} to {high:.1f})", percent(scores["maj"])]
         cells += [percent(scores["pass_at"]["8"]), percent(greedy["avg"])]
-        lines.append(f"| {name} | {' | '.join(cells)} |\n")
+        lines.append([name, *cells])
     gain = result["gain"]["heldout"]
     note = (
         f"\nGSM8K's {gain['problems']:,} test problems; {100 * gain['difference']:+.1f} points, "
@@ -139,29 +140,29 @@ def gsm8k() -> str:
         f"evaluations included; {result['device']}, torch {result['torch']}, {result['date']}, "
         f"commit {result['commit']}, `{result['command']}`.\n"
     )
-    head = "| SmolLM2-135M-Instruct as SSE-H | avg@8 | maj@8 | pass@8 | greedy |\n"
-    return head + "|---" * 5 + "|\n" + "".join(lines) + note
+    head = ["SmolLM2-135M-Instruct as SSE-H", "avg@8", "maj@8", "pass@8", "greedy"]
+    return table(head, lines) + note
 
 
 def shared_prompts() -> str:
     """A learner's step either way, a block a device."""
+    head = ["tokens of a prompt, an answer", "fed whole", "shared", "a step, whole", "shared", ""]
     blocks = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("shared-prompts-*.json")):
         result = json.loads(path.read_text())
         lines = [
-            f"| {row['prompt']}, {row['answer']} | {row['whole tokens']:,} | "
-            f"{row['shared tokens']:,} | {row['whole s']:.2f} s | {row['shared s']:.2f} s | "
-            f"{row['whole s'] / row['shared s']:.2f} x |\n"
+            [
+                f"{row['prompt']}, {row['answer']}",
+                *(f"{row[f'{way} tokens']:,}" for way in ("whole", "shared")),
+                *(f"{row[f'{way} s']:.2f} s" for way in ("whole", "shared")),
+                f"{row['whole s'] / row['shared s']:.2f} x",
+            ]
             for row in result["rows"]
         ]
         threads = f", {result['threads']} threads" if result["threads"] else ""
         blocks.append(
-            "| tokens of a prompt, an answer | fed whole | shared | a step, whole | shared | |\n"
-            + "|---" * 6
-            + "|\n"
-            + "".join(lines)
-            + f"\n{result['device']}{threads}, torch {result['torch']}, {result['date']}, commit "
-            f"{result['commit']}, `{result['command']}`.\n"
+            f"{table(head, lines)}\n{result['device']}{threads}, torch {result['torch']}, "
+            f"{result['date']}, commit {result['commit']}, `{result['command']}`.\n"
         )
     return "\n".join(blocks)
 

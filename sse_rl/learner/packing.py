@@ -78,17 +78,15 @@ def _row(samples: list[Sample]) -> PackedBatch:
 
 
 def _shared_row(samples: list[Sample]) -> PackedBatch:
-    first: dict[tuple[tuple[int, ...], bytes], Sample] = {}
-    for sample in samples:
-        first.setdefault(_prompt(sample), sample)
-    place = {prompt: i for i, prompt in enumerate(first)}
-    of_sample = [place[_prompt(sample)] for sample in samples]
-    prompts = [np.array(sample.prompt_token_ids) for sample in first.values()]
+    place: dict[tuple[tuple[int, ...], bytes], int] = {}
+    of_sample = [place.setdefault(_prompt(sample), len(place)) for sample in samples]
+    first = [samples[of_sample.index(prompt)] for prompt in range(len(place))]
+    prompts = [np.array(sample.prompt_token_ids) for sample in first]
     ends = np.cumsum([len(prompt) for prompt in prompts])
     readers = np.repeat(np.bincount(of_sample), [len(prompt) for prompt in prompts])
     pieces = list(prompts)
     positions = [np.arange(len(prompt)) for prompt in prompts]
-    routing = [s.trajectory.routing[: len(s.prompt_token_ids)] for s in first.values()]
+    routing = [s.trajectory.routing[: len(s.prompt_token_ids)] for s in first]
     parent, predicting, filled = [], [], int(ends[-1])
     for sample, prompt in zip(samples, of_sample, strict=True):
         fed = sample.trajectory.token_ids[:-1]

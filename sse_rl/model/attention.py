@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
 from sse_rl.model.configuration import SSEConfig
-from sse_rl.model.fork import Unfolded, take
+from sse_rl.model.fork import take
 from sse_rl.model.joined import product
 
 _TILE = 64
@@ -65,10 +65,10 @@ class SoftmaxAttention(nn.Module):
         else:
             behind = seqs.fork.whole
             q, k, v = (take(x, behind.rows) for x in (q, k, v))
-            o = self._attend(q, k, v, behind)[behind.places]
+            o = self._attend(q, k, v, behind.inputs)[behind.places]
         return self.o_proj(o.flatten(-2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs) -> Tensor:
         served = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
         attend = _varlen_attention if served else _bucketed_attention
         return attend(q, k, v, seqs, self.window)
@@ -97,7 +97,7 @@ class SoftmaxAttention(nn.Module):
 
 
 def _varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -120,7 +120,7 @@ def _varlen_attention(
 
 
 def _bucketed_attention(
-    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs | Unfolded, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs, window: int | None
 ) -> Tensor:
     """Sequences whose lengths share a power of two are padded to one batch."""
     lengths = seqs.cu_seqlens.diff()

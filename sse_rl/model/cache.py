@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sse_rl.model.configuration import SSEConfig
-from sse_rl.model.fork import Fork
+
+if TYPE_CHECKING:
+    from sse_rl.model.fork import Fork
 
 _COPIED = 64
 """Rows copied at once: what they need between is the size of so many states."""

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sse_rl.model.cache import PackedInputs, packed_inputs
+
 
 @dataclass(frozen=True, slots=True)
 class Unfolded:
@@ -21,11 +23,8 @@ class Unfolded:
 
     rows: Tensor
     """[U] int64, the token at each place."""
-    cu_seqlens: Tensor
-    """[B+1] int64, where each piece begins."""
-    positions: Tensor
-    """[U] int64, place of each token in its piece."""
-    max_seqlen: int
+    inputs: PackedInputs
+    """Of that row."""
     places: Tensor
     """[T] int64, where each token's value stands."""
 
@@ -77,7 +76,7 @@ def fork_inputs(
         for prompt, n, end in zip(parent, answers, ends[len(prompts) :], strict=True):
             before.append(pieces[prompt][max(len(pieces[prompt]) - most, 0) :])
             pieces.append(np.arange(end - n, end))
-        sizes = np.array([len(x) + len(y) for x, y in zip(before, pieces, strict=True)])
+        sizes = [len(x) + len(y) for x, y in zip(before, pieces, strict=True)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         places = [
             start + len(x) + np.arange(len(y))
@@ -86,9 +85,7 @@ def fork_inputs(
         rows = [part for pair in zip(before, pieces, strict=True) for part in pair]
         return Unfolded(
             rows=load(np.concatenate(rows)),
-            cu_seqlens=load(starts),
-            positions=load(np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)),
-            max_seqlen=int(sizes.max()),
+            inputs=packed_inputs(sizes, device=device),
             places=load(np.concatenate(places)),
         )
 

@@ -104,7 +104,7 @@ class SSEMixer(nn.Module):
         if seqs.fork is not None:
             behind = seqs.fork.window
             rows = take(x, behind.rows)
-            return causal_conv(rows, weight, cu_seqlens=behind.cu_seqlens)[0][behind.places]
+            return causal_conv(rows, weight, cu_seqlens=behind.inputs.cu_seqlens)[0][behind.places]
         if seqs.cache is None:
             return causal_conv(x, weight, cu_seqlens=seqs.cu_seqlens)[0]
         assert seqs.slots is not None

@@ -136,20 +136,11 @@ def stage_worker(recipe: Recipe, run_dir: Path) -> Iterator[Any]:
     if not stages:
         yield None
         return
-    resources = recipe.cluster
-    worker = (
-        ray.remote(StageWorker)
-        .options(
-            num_cpus=resources.learner_cpus,
-            num_gpus=resources.learner_gpus,
-            runtime_env=cluster.KEEP_FREED_MEMORY,
-        )
-        .remote(stages)
-    )
+    worker = cluster.on_learner(StageWorker, recipe.cluster).remote(stages)
     try:
         yield worker
     finally:
-        ray.kill(worker)  # pyright: ignore[reportArgumentType]
+        ray.kill(worker)
 
 
 def distill(

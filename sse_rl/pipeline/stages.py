@@ -81,21 +81,25 @@ def run(
     ):
         job.console, job.interrupted = console, interrupted
         began = time.monotonic()
+
+        def ended(status: str, error: BaseException | None = None) -> dict[str, Any]:
+            seconds = time.monotonic() - began
+            return summarize(
+                recipe, run_dir, status, seconds=seconds, stages=job.spent, error=error
+            )
+
         try:
             with job.actors:
                 job.run(start)
         except Interrupted:
-            seconds = time.monotonic() - began
-            summarize(recipe, run_dir, "interrupted", seconds=seconds, stages=job.spent)
+            ended("interrupted")
             console.say(f"stopped and saved; `--resume auto` goes on ({run_dir})")
             raise SystemExit(143) from None
         except BaseException as error:
-            seconds = time.monotonic() - began
             with suppress(OSError, ValueError, UserError):  # the first error is the one to show
-                summarize(recipe, run_dir, "failed", seconds=seconds, stages=job.spent, error=error)
+                ended("failed", error)
             raise
-        seconds = time.monotonic() - began
-        return summarize(recipe, run_dir, "finished", seconds=seconds, stages=job.spent)
+        return ended("finished")
 
 
 @dataclass(slots=True)
@@ -372,25 +376,17 @@ class Job:
         from sse_rl.learner.worker import LearnerWorker
 
         resources = self.recipe.cluster
-        learner = (
-            ray.remote(LearnerWorker)
-            .options(
-                num_cpus=resources.learner_cpus,
-                num_gpus=resources.learner_gpus,
-                runtime_env=cluster.KEEP_FREED_MEMORY,
-            )
-            .remote(
-                str(base),
-                grpo,
-                dtype=self.recipe.model.dtype,
-                device="cuda" if resources.learner_gpus else "cpu",
-                num_threads=resources.learner_threads,
-                seed=self.recipe.seed,
-                page_size=self.recipe.rollout.page_size,
-                state_dtype=self.recipe.rollout.state_dtype,
-            )
+        learner = cluster.on_learner(LearnerWorker, resources).remote(
+            str(base),
+            grpo,
+            dtype=self.recipe.model.dtype,
+            device="cuda" if resources.learner_gpus else "cpu",
+            num_threads=resources.learner_threads,
+            seed=self.recipe.seed,
+            page_size=self.recipe.rollout.page_size,
+            state_dtype=self.recipe.rollout.state_dtype,
         )
-        self.actors.callback(ray.kill, learner)  # pyright: ignore[reportArgumentType]
+        self.actors.callback(ray.kill, learner)
         return learner
 
     def _spawn_pool(self, base: Path, num_workers: int) -> RolloutPool:
