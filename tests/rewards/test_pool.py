@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from sse_rewards import RewardPool
@@ -64,7 +65,8 @@ def workers_of(process_id: int) -> list[int]:
     found = [process_id]
     for pid in found:
         for tid in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{tid}/children") as f:
+            # A thread may end between the two: others have its children then.
+            with suppress(FileNotFoundError), open(f"/proc/{pid}/task/{tid}/children") as f:
                 found += [int(child) for child in f.read().split()]
     return found[1:]
 
