@@ -3,9 +3,10 @@
     python benchmarks/grpo_gpu.py            # writes results/grpo-gpu-<device>.json
 
 A fresh SSE-H answers random prompts and is rewarded for even ids; with --model and --problems, a
-trained one answers real problems, is graded, and learns:
+trained one answers real problems, is graded, and learns, and then answers held-out ones:
 
-    python benchmarks/grpo_gpu.py --model runs/gsm8k_smollm2/sft --problems gsm8k_train.jsonl
+    python benchmarks/grpo_gpu.py --model runs/gsm8k_smollm2/sft --problems gsm8k_train.jsonl \
+        --held-out gsm8k_test.jsonl
 
 Each case is run for a few steps from the same weights, with the routing replayed and not, states in
 fp32 and bf16; both sides run the same weights.
@@ -52,12 +53,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--model", help="a folder; the fresh model's shape is not used then")
     parser.add_argument("--problems", help="JSONL, for --model")
+    parser.add_argument("--held-out", help="JSONL, answered after the last step, for --model")
+    parser.add_argument("--held-out-samples", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--commit", help="where the tree is no git checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    if bool(options.model) != bool(options.problems):
-        parser.error("--model and --problems go together")
+    if bool(options.model) != bool(options.problems) or (options.held_out and not options.model):
+        parser.error("--model and --problems go together, and --held-out with them")
     task = Task.of(options)
     rows = []
     for variant in (task.variant,) if task else ("gla", "gdn"):
@@ -70,11 +73,12 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A trained model and real problems, in the order they are asked."""
+    """A trained model and real problems, in the order they are asked, and held-out ones."""
 
     model: Path
     variant: str
     prompts: list[Prompt]
+    held_out: list[Prompt]
     tokenizer: Any
 
     @classmethod
@@ -82,13 +86,18 @@ class Task:
         if options.model is None:
             return None
         tokenizer = named_tokenizer(options.model, None)
-        data = Data(tokenizer=options.model, train=Source(path=options.problems))
-        prompts = render(load_problems(data.train), tokenizer, data)
-        prompts = drop_long(prompts, options.prompt_tokens)
-        stream = PromptStream(prompts, seed=0)
+
+        def prompts(path: str) -> list[Prompt]:
+            data = Data(tokenizer=options.model, train=Source(path=path))
+            return drop_long(
+                render(load_problems(data.train), tokenizer, data), options.prompt_tokens
+            )
+
+        stream = PromptStream(prompts(options.problems), seed=0)
         dealt = [stream[i] for i in range(options.steps * options.prompts)]
+        held_out = prompts(options.held_out) if options.held_out else []
         variant = SSEConfig.from_pretrained(options.model).linear_attn_type
-        return cls(Path(options.model), variant, dealt, tokenizer)
+        return cls(Path(options.model), variant, dealt, held_out, tokenizer)
 
 
 def fresh(options: argparse.Namespace, variant: str) -> SSEForCausalLM:
@@ -145,7 +154,7 @@ def run(
     for step in range(options.steps):
         engine.set_weights(learner.weights(), step)
         began = time.perf_counter()
-        groups = rollout(engine, options, step, task)
+        groups = answers(engine, asked(options, step, task), options, options.answers, seed=step)
         generated = time.perf_counter()
         sampled = sum(len(t.token_ids) for group in groups for t in group.trajectories)
         if task:
@@ -163,7 +172,14 @@ def run(
     row |= {name: sum(s[name] for s in steps) / len(steps) for name in (*MEANS, *TRAINED)}
     row |= {name: max(s[name] for s in steps) for name in (*MAXIMA, "importance_ratio/max")}
     row |= {name: steps[-1][name] for name in SPEEDS}
-    return row | {"rewards": [round(s["reward"], 4) for s in steps]}
+    row |= {"rewards": [round(s["reward"], 4) for s in steps]}
+    if task.held_out:
+        engine.set_weights(learner.weights(), options.steps)
+        groups = answers(engine, task.held_out, options, options.held_out_samples, seed=0)
+        grade(groups, task)
+        scores = [t.reward or 0.0 for group in groups for t in group.trajectories]
+        row["held_out"] = sum(scores) / len(scores)
+    return row
 
 
 MEANS = ("rollout_logprob_diff_mean", "rollout_kl", "flip_rate", "grad_norm")
@@ -172,18 +188,21 @@ MAXIMA = ("rollout_logprob_diff_max",)
 SPEEDS = ("rollout_tokens_per_s", "learner_tokens_per_s")
 
 
-def rollout(
-    engine: Engine, options: argparse.Namespace, step: int, task: Task | None
-) -> list[Group]:
+def asked(options: argparse.Namespace, step: int, task: Task | None) -> list[Prompt]:
+    """The prompts of a step."""
     if task:
-        prompts = task.prompts[step * options.prompts : (step + 1) * options.prompts]
-    else:
-        generator = torch.Generator().manual_seed(step)
-        shape = (options.prompts, options.prompt_tokens)
-        ids = torch.randint(1, 4096, shape, generator=generator).tolist()
-        prompts = [Prompt(str(i), tuple(row), "") for i, row in enumerate(ids)]
+        return task.prompts[step * options.prompts : (step + 1) * options.prompts]
+    generator = torch.Generator().manual_seed(step)
+    shape = (options.prompts, options.prompt_tokens)
+    ids = torch.randint(1, 4096, shape, generator=generator).tolist()
+    return [Prompt(str(i), tuple(row), "") for i, row in enumerate(ids)]
+
+
+def answers(
+    engine: Engine, prompts: list[Prompt], options: argparse.Namespace, samples: int, *, seed: int
+) -> list[Group]:
     params = SamplingParams(
-        n=options.answers, max_tokens=options.tokens, ignore_eos=task is None, seed=step
+        n=samples, max_tokens=options.tokens, ignore_eos=options.model is None, seed=seed
     )
     requests = [Request(str(i), prompt.token_ids, params) for i, prompt in enumerate(prompts)]
     return [
@@ -217,7 +236,13 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     commit = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(commit, capture_output=True, text=True, check=False)
     name = "mismatch" if options.model else "grpo-gpu"
-    shown = "--model runs/gsm8k_smollm2/sft --problems gsm8k_train.jsonl" if options.model else ""
+    given = {k: v for k, v in sorted(vars(options).items()) if k not in ("commit", "out") and v}
+    places = {
+        "model": "runs/gsm8k_smollm2/sft",
+        "problems": "gsm8k_train.jsonl",
+        "held_out": "gsm8k_test.jsonl",
+    }
+    shown = " ".join(f"--{k.replace('_', '-')} {places.get(k, v)}" for k, v in given.items())
     result = {
         "name": name,
         "device": device,
@@ -225,11 +250,11 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "triton": __import__("triton").__version__ if cuda else None,
         "commit": options.commit or found.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
-        "command": f"python benchmarks/grpo_gpu.py {shown}".strip(),
+        "command": f"python benchmarks/grpo_gpu.py {shown if options.model else ''}".strip(),
         "shape": {
             key: value
             for key, value in vars(options).items()
-            if key not in ("device", "commit", "out", "model", "problems")
+            if key not in ("device", "commit", "out", "model", "problems", "held_out")
         },
         "rows": rows,
     }
