@@ -3,8 +3,8 @@
     python benchmarks/gsm8k.py collect runs/gsm8k_smollm2 [--eval teacher=evals/teacher/gsm8k_test]
     python benchmarks/gsm8k.py draw                       # docs/results.md and its curves
 
-`collect` writes results/gsm8k-<run>.json, everything that is shown of a run; `draw` writes the page
-from all of them, a section a run.
+`collect` writes results/gsm8k-<run>.json, everything that is shown of a run; `draw` writes the
+page: the run of the recipe in full, then what other runs had set otherwise and came to.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import argparse
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markdown_table import table
 from sse_eval.compare import compare
 
@@ -24,6 +26,7 @@ from sse_rl.report.curves import Curve, draw
 from sse_rl.report.sinks import read_rows
 
 ROOT = Path(__file__).parent.parent
+RECIPE = "gsm8k_smollm2"
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks/results", ROOT / "docs/results.md", "results"
 SCORES = ("avg", "ci_sampling", "ci_bootstrap", "pass_at", "maj", "boxed", "truncated", "tokens")
 CURVES = {
@@ -153,13 +156,45 @@ def draw_page() -> None:
         raise SystemExit(f"{RESULTS}: no gsm8k-*.json there, collect a run first")
     folder = PAGE.parent / PICTURES
     folder.mkdir(exist_ok=True)
-    sections = [INTRODUCTION]
-    for result in (json.loads(path.read_text()) for path in paths):
-        drawn = pictures(result)
-        for name, picture in drawn.items():
-            (folder / f"{result['name']}-{name}.svg").write_text(picture)
-        sections.append(section(result, list(drawn)))
+    results = sorted((_json(path) for path in paths), key=lambda result: result["name"] != RECIPE)
+    drawn = pictures(results[0])
+    for name, picture in drawn.items():
+        (folder / f"{results[0]['name']}-{name}.svg").write_text(picture)
+    sections = [INTRODUCTION, section(results[0], list(drawn))]
+    if len(results) > 1:
+        sections.append(settings_tried(results))
     PAGE.write_text("\n".join(sections))
+
+
+def settings_tried(results: list[dict[str, Any]]) -> str:
+    """What the other runs had set otherwise than the first, and what they came to."""
+    settings = [dict(_leaves(yaml.safe_load(result["recipe"]))) for result in results]
+    rows = []
+    for result, own in zip(results, settings, strict=True):
+        others = {k: v for k, v in own.items() if k != "name" and settings[0].get(k) != v}
+        gain = result["gain"].get("heldout", {})
+        entropy = [row["entropy"] for row in result["steps"] if "entropy" in row]
+        rows.append([
+            result["name"],
+            ", ".join(f"`{k}: {v}`" for k, v in others.items() if v is not None) or "as it is",
+            str(result["summary"].get("steps", 0)),
+            f"{_percent(gain.get('before'))} → {_percent(gain.get('after'))}",
+            f"{100 * gain['difference']:+.1f}" if gain else "",
+            f"{entropy[0]:.2f} → {entropy[-1]:.2f}" if entropy else "",
+            f"{result['summary'].get('wall_s', 0) / 60:.1f}",
+            f"{result['date']}, {result['commit']}",
+        ])  # fmt: skip
+    head = ["run", "set otherwise", "steps", "avg@8", "gain", "entropy", "minutes", "date, commit"]
+    return f"## Settings tried\n\n{table(head, rows)}"
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, tree
 
 
 def section(result: dict[str, Any], drawn: list[str]) -> str:

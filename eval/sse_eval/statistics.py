@@ -154,7 +154,7 @@ def _wilson(p: float, n: float, level: float) -> Interval:
     z = _NORMAL.inv_cdf(1 - (1 - level) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if p > 0 else 0.0), (centre + half if p < 1 else 1.0)
 
 
 def _student(probability: float, degrees: int) -> float:

@@ -103,8 +103,25 @@ def _byte_alphabet() -> list[str]:
 
 
 def _pretrained(name: str, key: str) -> PreTrainedTokenizerBase:
+    place = location(name)
     try:
-        return AutoTokenizer.from_pretrained(**location(name))
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        if "gguf_file" in place:
+            _name_special_tokens(tokenizer, Path(*place.values()))
+        return tokenizer
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key} = {name}: cannot be loaded: {reason}") from None
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Which token begins, ends, pads: as the GGUF file says. transformers 5.16 and 5.17 take the
+    token that begins a turn for the one that ends it, and answers would go on past their end."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    for theirs, ours in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
+        field = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if field is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            setattr(tokenizer, f"{ours}_token", token)

@@ -70,6 +70,7 @@ def test_an_interval_is_never_empty_nor_beyond_0_and_1(right: int):
         statistics.bootstrap_interval(np.array([right / 8] * 30)),
     ):
         assert 0 <= low <= right / 8 <= high <= 1
+        assert (low == 0) == (right == 0) and (high == 1) == (right == 8)
         assert high - low > 0.01
 
 

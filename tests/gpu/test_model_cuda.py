@@ -97,8 +97,10 @@ def test_prefill_and_steps_equal_one_pass(kind, window, dtype, tolerance):
 
 @pytest.mark.parametrize("kind", ["gla", "gdn"])
 @pytest.mark.parametrize("window", [None, 24])
-def test_answers_behind_one_prompt_equal_whole_trajectories(kind, window):
-    model = build(kind, window).to("cuda", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_behind_one_prompt_equal_whole_trajectories(kind, window, dtype):
+    model = build(kind, window).to("cuda", dtype)
+    exact = dtype == torch.float32  # in bfloat16 gradients differ by up to 0.12, as rounding does
     prompts, answers, parent = [70, 2], [64, 1, 9], [0, 0, 1]
     ids = tokens(sum(prompts) + sum(answers))
     seqs = move(packed_inputs([*prompts, *answers]))
@@ -120,7 +122,7 @@ def test_answers_behind_one_prompt_equal_whole_trajectories(kind, window):
     for _ in range(2):
         got = model.packed(ids, seqs).hidden
         runs.append(torch.autograd.grad((got * cotangent).sum(), list(model.model.parameters())))
-    close(got, expected.hidden[first], 5e-2)
+    close(got, expected.hidden[first], 1e-3 if exact else 5e-2)
     wanted = torch.autograd.grad(
         (expected.hidden[first] * cotangent).sum(), list(model.model.parameters())
     )
@@ -128,7 +130,7 @@ def test_answers_behind_one_prompt_equal_whole_trajectories(kind, window):
         assert torch.equal(x, again), name
         if kind == "gdn" and "e_proj" in name:
             continue  # next to nothing: the norm of the keys cancels the router's weight
-        assert (x - y).norm() <= 0.1 * y.norm(), name
+        assert (x - y).norm() <= (1e-3 if exact else 0.25) * y.norm(), name  # 1e-5 measured
 
 
 @torch.no_grad()
