@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from result_file import add_options, header, save
 from torch import Tensor, nn
 
 from sse_rl.data.corpus import PackedText, worked
@@ -62,8 +60,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--cases", help="numbers, e.g. 0,2; default all")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--commit", help="where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    add_options(parser)
     options = parser.parse_args()
     layers = [int(layer) for layer in options.layers.split(",")]
     origin = load_teacher(options.source)
@@ -139,25 +136,16 @@ def align(
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    cuda = options.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+    command = (
+        "python benchmarks/alignment.py --source SmolLM2-135M-Instruct --text gsm8k_train.jsonl"
+    )
     result = {
         "name": "alignment",
-        "device": device,
-        "torch": torch.__version__,
-        "triton": None,
-        "commit": options.commit or found or "unknown",
-        "date": date.today().isoformat(),
-        "command": "python benchmarks/alignment.py --source SmolLM2-135M-Instruct "
-        "--text gsm8k_train.jsonl",
+        **header(options.device, command, options.commit),
         "tokens": options.epochs * (options.rows - HELD_OUT) * options.length,
         "rows": rows,
     }
-    options.out.mkdir(exist_ok=True)
-    path = options.out / f"alignment-{device.replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, options.out, "alignment")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from result_file import add_options, header, save
 
 from sse_rl.data.corpus import PackedText, Rows, worked
 from sse_rl.data.problems import load_problems
@@ -69,8 +68,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--eval-tokens", type=int, default=32768)
     parser.add_argument("--kl-tokens", type=int, default=8192)
-    parser.add_argument("--commit", help="where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    add_options(parser)
     options = parser.parse_args()
     began = time.monotonic()
     bench = Bench(options)
@@ -215,30 +213,22 @@ class Bench:
 def write(
     options: argparse.Namespace, rows: list[dict[str, Any]], order: list[dict[str, Any]]
 ) -> None:
-    cuda = options.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(commit, capture_output=True, text=True, check=False)
+    cpu = f" --device cpu --rows {options.rows} --length {options.length}"
+    command = (
+        "python benchmarks/conversion.py --source SmolLM2-135M-Instruct "
+        "--train gsm8k_train.jsonl --held-out gsm8k_test.jsonl"
+        f"{'' if options.device == 'cuda' else cpu}"
+        f" --align-steps {options.align_steps} --steps {options.steps}"
+    )
     result = {
         "name": "conversion",
-        "device": device,
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__ if cuda else None,
-        "commit": options.commit or found.stdout.strip() or "unknown",
-        "date": date.today().isoformat(),
-        "command": "python benchmarks/conversion.py --source SmolLM2-135M-Instruct "
-        "--train gsm8k_train.jsonl --held-out gsm8k_test.jsonl"
-        + ("" if cuda else f" --device cpu --rows {options.rows} --length {options.length}")
-        + f" --align-steps {options.align_steps} --steps {options.steps}",
+        **header(options.device, command, options.commit),
         "tokens_a_step": options.rows * options.length,
         "kl_tokens": options.kl_tokens,
         "order": order,
         "rows": rows,
     }
-    options.out.mkdir(exist_ok=True)
-    path = options.out / f"conversion-{device.replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    save(result, options.out, "conversion")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_options, header, save
 from sse_rewards import score
 
 from sse_rl.data.problems import load_problems
@@ -56,8 +55,7 @@ def main() -> None:
     parser.add_argument("--held-out", help="JSONL, answered after the last step, for --model")
     parser.add_argument("--held-out-samples", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--commit", help="where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    add_options(parser)
     options = parser.parse_args()
     if bool(options.model) != bool(options.problems) or (options.held_out and not options.model):
         parser.error("--model and --problems go together, and --held-out with them")
@@ -231,10 +229,6 @@ def trajectory(completion: Completion) -> Trajectory:
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    cuda = options.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(commit, capture_output=True, text=True, check=False)
     name = "mismatch" if options.model else "grpo-gpu"
     given = {k: v for k, v in sorted(vars(options).items()) if k not in ("commit", "out") and v}
     places = {
@@ -243,14 +237,10 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "held_out": "gsm8k_test.jsonl",
     }
     shown = " ".join(f"--{k.replace('_', '-')} {places.get(k, v)}" for k, v in given.items())
+    command = f"python benchmarks/grpo_gpu.py {shown if options.model else ''}".strip()
     result = {
         "name": name,
-        "device": device,
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__ if cuda else None,
-        "commit": options.commit or found.stdout.strip() or "unknown",
-        "date": date.today().isoformat(),
-        "command": f"python benchmarks/grpo_gpu.py {shown if options.model else ''}".strip(),
+        **header(options.device, command, options.commit),
         "shape": {
             key: value
             for key, value in vars(options).items()
@@ -258,10 +248,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         },
         "rows": rows,
     }
-    options.out.mkdir(exist_ok=True)
-    path = options.out / f"{name}-{device.replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    save(result, options.out, name)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 from markdown_table import table
+from result_file import RESULTS, add_options, header, save
 from sse_eval.compare import compare
 
 from sse_rl.report.curves import Curve, draw
@@ -27,7 +26,7 @@ from sse_rl.report.sinks import read_rows
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "gsm8k_smollm2"
-RESULTS, PAGE, PICTURES = ROOT / "benchmarks/results", ROOT / "docs/results.md", "results"
+PAGE, PICTURES = ROOT / "docs/results.md", "results"
 SCORES = ("avg", "ci_sampling", "ci_bootstrap", "pass_at", "maj", "boxed", "truncated", "tokens")
 CURVES = {
     "reward": ("reward",),
@@ -54,8 +53,7 @@ def main() -> None:
     collecting = commands.add_parser("collect")
     collecting.add_argument("run", type=Path)
     collecting.add_argument("--eval", action="append", default=[], metavar="NAME=FOLDER")
-    collecting.add_argument("--commit", help="where the tree is no git checkout")
-    collecting.add_argument("--out", type=Path, default=RESULTS)
+    add_options(collecting)
     commands.add_parser("draw")
     options = parser.parse_args()
     if options.command == "draw":
@@ -63,28 +61,19 @@ def main() -> None:
     else:
         others = dict(entry.split("=", 1) for entry in options.eval)
         result = collect(options.run, {k: Path(v) for k, v in others.items()}, options.commit)
-        options.out.mkdir(exist_ok=True)
-        path = options.out / f"gsm8k-{result['name']}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(path)
+        save(result, options.out, "gsm8k", result["name"])
 
 
 def collect(run: Path, others: dict[str, Path], commit: str | None) -> dict[str, Any]:
     """All that is shown of the run in a folder, finished or not, and of evaluations beside it."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     summary = _json(run / "summary.json")
     folders = {path.name: path for path in sorted((run / "eval").glob("*-*"))} | others
     return {
         "name": summary.get("name", run.name),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "commit": commit or found or "unknown",
-        "date": date.today().isoformat(),
-        "command": "sse-rl run recipes/gsm8k_smollm2.yaml",
+        **header(device, "sse-rl run recipes/gsm8k_smollm2.yaml", commit, triton=False),
         "recipe": _without_places((run / "recipe.yaml").read_text()),
         "summary": summary | {"export": None},
         "perplexity": _json(run / "distill" / "perplexity.json"),

@@ -9,38 +9,27 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-
-RESULTS = Path(__file__).parent / "results"
+from result_file import add_options, header, save
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--command", required=True, help="what the runs were started with")
-    parser.add_argument("--commit", help="of the runs; this tree's if not given")
     parser.add_argument("--device", default=f"cpu-{os.cpu_count()}-cores")
+    add_options(parser)
     options = parser.parse_args()
+    device = f"{options.device} ({platform.machine()})"
     result = {
         "name": "quickstart",
-        "device": f"{options.device} ({platform.machine()})",
-        "torch": torch.__version__,
-        "triton": None,
-        "commit": options.commit or _commit(),
-        "date": date.today().isoformat(),
-        "command": options.command,
+        **header(device, options.command, options.commit),
         "rows": [row(run) for run in options.runs],
     }
-    path = RESULTS / f"quickstart-{options.device}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    save(result, options.out, "quickstart", options.device)
 
 
 def row(run: Path) -> dict[str, Any]:
@@ -65,11 +54,6 @@ def row(run: Path) -> dict[str, Any]:
         "logprob_gap_mean_last": steps[-1]["rollout_logprob_diff_mean"],
         "logprob_gap_max": max(step["rollout_logprob_diff_max"] for step in steps),
     }
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import add_options, header, save
 
 from sse_rl.model import SSEConfig, SSEForCausalLM
 from sse_rl.rollout.engine import Engine
@@ -69,7 +67,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--variant", choices=["gla", "gdn"], default="gla")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--commit", help="where the tree is no git checkout")
+    add_options(parser)
     options = parser.parse_args()
     rows, queued = [], []
     for name in options.models:
@@ -220,30 +218,15 @@ def kind(kernel: str) -> str:
 def write(
     options: argparse.Namespace, rows: list[dict[str, Any]], queued: list[dict[str, Any]]
 ) -> None:
-    cuda = options.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(commit, capture_output=True, text=True, check=False)
+    hidden = ("device", "commit", "out")
     result = {
         "name": "rollout-gpu",
-        "device": device,
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__ if cuda else None,
-        "commit": options.commit or found.stdout.strip() or "unknown",
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "shape": {
-            key: value for key, value in vars(options).items() if key not in ("device", "commit")
-        },
+        **header(options.device, " ".join(["python", *sys.argv]), options.commit),
+        "shape": {key: value for key, value in vars(options).items() if key not in hidden},
         "rows": rows,
         "queue": queued,
     }
-    path = (
-        Path(__file__).parent / "results" / f"rollout-gpu-{device.replace(' ', '-').lower()}.json"
-    )
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    save(result, options.out, "rollout-gpu")
 
 
 if __name__ == "__main__":

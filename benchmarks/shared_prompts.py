@@ -13,16 +13,13 @@ import argparse
 import copy
 import json
 import platform
-import re
 import statistics
-import subprocess
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from result_file import add_options, header, save
 
 from sse_rl.learner.step import Learner
 from sse_rl.model import SSEConfig, SSEForCausalLM
@@ -42,8 +39,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--row", type=int, default=32768, help="tokens of a micro-batch")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--commit", help="where the tree is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    add_options(parser)
     options = parser.parse_args()
     rows = []
     for prompt, answer in CASES:
@@ -133,25 +129,18 @@ def batch(
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     cuda = options.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else platform.machine() + " CPU"
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-    told = {
-        "device": device,
+    command = "python benchmarks/shared_prompts.py " + " ".join(
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(options).items()
+        if name not in ("commit", "out")
+    )
+    device = "cuda" if cuda else f"{platform.machine()} CPU"
+    result = {
+        **header(device, command, options.commit, triton=False),
         "threads": None if cuda else torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "commit": options.commit or found or "unknown",
-        "command": "python benchmarks/shared_prompts.py " + " ".join(
-            f"--{name.replace('_', '-')} {value}"
-            for name, value in vars(options).items()
-            if name not in ("commit", "out")
-        ),
         "rows": rows,
-    }  # fmt: skip
-    options.out.mkdir(exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower())
-    (options.out / f"shared-prompts-{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    }
+    save(result, options.out, "shared-prompts")
 
 
 if __name__ == "__main__":
