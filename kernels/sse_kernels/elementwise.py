@@ -1,7 +1,7 @@
-"""What stands between a block's products while decoding, where a launch costs more than its work.
+"""What stands between a block's products: one launch, where torch's composition takes several.
 
-Each equals the torch composition it replaces: rounded where that rounds. Where gradients are wanted
-the composition itself runs.
+Each equals the composition it replaces, rounded where that rounds. `add_rms_norm` is for decoding:
+where gradients are wanted the composition itself runs.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from .checks import expect, expect_float, expect_tensor
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """silu(a) * b of x = [a, b] [T, 2W] -> [T, W]."""
+    """silu(a) * b of x = [a, b] [T, 2W] -> [T, W]; keeps x alone for the backward pass."""
     op = "silu_mul"
     expect_float(op, "x", x)
     expect(x.dim() == 2 and x.shape[1] % 2 == 0, op, "x", "shape [T, 2W]", list(x.shape))
-    if _can_launch(x):
+    if _has_kernels(x):
         try:
-            from .triton_elementwise import triton_silu_mul
+            from .triton_elementwise import differentiable_silu_mul, triton_silu_mul
 
-            return triton_silu_mul(x)
+            return triton_silu_mul(x) if _can_launch(x) else differentiable_silu_mul(x)
         except ImportError:
             pass
     a, b = x.chunk(2, -1)
@@ -52,4 +52,8 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[T
 def _can_launch(*inputs: Tensor) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return False
+    return _has_kernels(*inputs)
+
+
+def _has_kernels(*inputs: Tensor) -> bool:
     return all(x.is_cuda and x.dtype != torch.float64 for x in inputs)

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sse_rl.model.balance import load_balance_loss
-
 
 def partition_shares(
     routing: list[np.ndarray], readers: list[np.ndarray | None], *, num_partitions: int
@@ -45,14 +43,11 @@ def balance_loss(
     `shares` [L_sse, N] and `num_tokens` are those of the whole batch, so that the parts add up to
     its loss (sse_spec, section 6).
     """
-    total = shares.new_zeros(())
-    for layer, probs in enumerate(router_probs):
-        if readers is not None:
-            probs = probs * readers[:, None]
-        total = total + load_balance_loss(
-            probs, recorded[:, layer], share=shares[layer], tokens=num_tokens
-        )
-    return total
+    if not router_probs:
+        return shares.new_zeros(())
+    sums = [p.sum(0) if readers is None else readers.to(p.dtype) @ p for p in router_probs]
+    partitions, chosen = shares.shape[1], recorded.shape[2]
+    return partitions / chosen * (torch.stack(sums) / num_tokens * shares).sum()
 
 
 @torch.no_grad()
@@ -62,12 +57,11 @@ def flips(router_probs: list[Tensor], recorded: Tensor, readers: Tensor | None =
     One flips where a partition left out has a higher live probability than one chosen. A token
     counts as often as `readers` [T] says, else once.
     """
-    total = recorded.new_zeros((), dtype=torch.int64)
-    for layer, probs in enumerate(router_probs):
-        chosen = torch.zeros_like(probs, dtype=torch.bool)
-        chosen.scatter_(1, recorded[:, layer].long(), True)
-        least = probs.masked_fill(~chosen, torch.inf).amin(1)
-        most = probs.masked_fill(chosen, -torch.inf).amax(1)
-        flipped = most > least
-        total += (flipped if readers is None else flipped * readers).sum()
-    return total
+    if not router_probs:
+        return recorded.new_zeros((), dtype=torch.int64)
+    probs = torch.stack(router_probs, 1)
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(2, recorded.long(), True)
+    least = probs.masked_fill(~chosen, torch.inf).amin(2)
+    most = probs.masked_fill(chosen, -torch.inf).amax(2)
+    flipped = most > least
+    return (flipped if readers is None else flipped * readers[:, None]).sum()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sse_rl.model.cache import PackedInputs, SlotCache
 from sse_rl.model.configuration import SSEConfig
 from sse_rl.model.fork import take
-from sse_rl.model.joined import product
+from sse_rl.model.joined import products
 
 _TILE = 64
 _MASKED = -1e30
@@ -47,12 +47,9 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, seqs: PackedInputs) -> Tensor:
         """x [T, d] -> [T, d]; with a cache, this call's k and v are written to its pages."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        whole = product(x, layers)
-        parts = whole.split([len(y.weight) for y in layers], -1) if whole is not None else None
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim))
-            for part in (parts or [project(x) for project in layers])
+            for part in products(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

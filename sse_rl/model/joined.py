@@ -1,8 +1,9 @@
-"""Weights that multiply the same input, next to each other in memory: one product serves them all.
+"""Weights that multiply the same input: one product serves them all.
 
 Decoding reads every weight once a step, so all that multiply x should be one matrix. The parameters
 stay what they are, each a slice of that matrix, and weights copied into them in place need no
-further step.
+further step. Training puts them together anew each time, which is next to nothing beside a row of
+tokens: x is read once, and its gradient is one product instead of a sum of them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def products(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """layer(x) of each layer, x [T, d] -> [T, width] each, views of one product where there is
+    one."""
+    whole = product(x, layers)
+    if whole is None:
+        return tuple(layer(x) for layer in layers)
+    return whole.split([layer.out_features for layer in layers], -1)  # pyright: ignore
+
+
 def product(x: Tensor, layers: Sequence[nn.Module]) -> Tensor | None:
-    """x [T, d] times the layers' joint weight -> [T, sum of widths]; None unless autograd is off
-    and they are plain linear layers without bias, joined."""
-    if torch.is_grad_enabled():
-        return None
-    weights = []
+    """x [T, d] times the layers' weights, one behind the other -> [T, sum of widths].
+
+    None where the layers are to be called: if one is no plain linear layer (an adapter's or a
+    quantised one has a forward of its own), has a bias, or has weights of another dtype, and on a
+    CPU unless the weights are joined and autograd is off.
+    """
+    weights: list[Tensor] = []
     for layer in layers:
         if type(layer) is not nn.Linear or layer.bias is not None:
             return None
         weights.append(layer.weight)
-    whole = joined(weights)
+    whole = None if torch.is_grad_enabled() else joined(weights)
+    if whole is None and x.is_cuda and len({weight.dtype for weight in weights}) == 1:
+        whole = torch.cat(weights)
     return None if whole is None else F.linear(x, whole)
 
 

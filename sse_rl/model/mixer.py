@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
 from sse_rl.model.fork import Fork, take
-from sse_rl.model.projections import can_fuse, fused_inputs
+from sse_rl.model.joined import products
+from sse_rl.model.projections import can_fuse, fused_inputs, reading_layers
 
 _DECAY_RANK = 16
 
@@ -81,24 +82,24 @@ class SSEMixer(nn.Module):
     def _inputs(self, x: Tensor, seqs: PackedInputs) -> LayerInputs:
         if seqs.is_step and can_fuse(self, x):
             return fused_inputs(self, x, seqs)
-        q1, k1 = self.q_proj(x), self.k_proj(x)
-        q2, k2 = q1 + self.lora_q_proj(x), k1 + self.lora_k_proj(x)
+        q1, k1, v, *low = products(x, [self.get_submodule(name) for name in reading_layers(self)])
+        if not low[0].is_contiguous():  # views would keep the whole for the backward pass
+            low = torch.cat(low, -1).split([y.shape[-1] for y in low], -1)
+        low_q, low_k, first, second, *low_gate = low
+        q2, k2 = q1 + self.lora_q_proj[1](low_q), k1 + self.lora_k_proj[1](low_k)
         if self.config.use_short_conv:
             q1 = self._convolve(q1, self.q_conv1d_shared.weight, seqs, 0)
             k1 = self._convolve(k1, self.k_conv1d_shared.weight, seqs, 1)
         q1, k1, q2, k2 = (y.unflatten(-1, (self.config.num_heads, -1)) for y in (q1, k1, q2, k2))
-        values = (self.config.value_heads, self.config.value_dim)
         if self.config.linear_attn_type == "gla":
-            gk1, gk2 = (low_rank(x).view(q1.shape) for low_rank in self.gk_proj)
-            decays = gk1, gk2
-        else:
-            decays = self.a_proj(x), self.b_proj(x)
-        gate = self.g_proj(x).unflatten(-1, values) if self.config.use_output_gate else None
+            widen = self.get_submodule("gk_proj.0.1"), self.get_submodule("gk_proj.1.1")
+            first, second = widen[0](first).view(q1.shape), widen[1](second).view(q1.shape)
+        values = (self.config.value_heads, self.config.value_dim)
+        gate = self.g_proj[1](low_gate[0]).unflatten(-1, values) if low_gate else None
         # fp32 also under autocast: with bf16 logits one token in 500 ties.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.e_proj.weight.float())
-        v = self.v_proj(x).unflatten(-1, values)
-        return LayerInputs(q1, k1, q2, k2, v, decays, gate, logits)
+        return LayerInputs(q1, k1, q2, k2, v.unflatten(-1, values), (first, second), gate, logits)
 
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
         if seqs.fork is not None:

@@ -42,7 +42,7 @@ def can_fuse(mixer: SSEMixer, x: Tensor) -> bool:
         from sse_kernels.triton_layer_inputs import layer_inputs_step  # noqa: F401
     except ImportError:
         return False
-    layers = [*_reading_layers(mixer), "lora_q_proj.1", "lora_k_proj.1", "e_proj"]
+    layers = [*reading_layers(mixer), "lora_q_proj.1", "lora_k_proj.1", "e_proj"]
     return all(type(mixer.get_submodule(name)) is nn.Linear for name in layers)
 
 
@@ -72,7 +72,7 @@ def fused_inputs(mixer: SSEMixer, x: Tensor, seqs: PackedInputs) -> LayerInputs:
     )
 
 
-def _reading_layers(mixer: SSEMixer) -> list[str]:
+def reading_layers(mixer: SSEMixer) -> list[str]:
     """Layers that multiply x in the model's dtype, in the order of `layer_inputs_step`."""
     names = ["q_proj", "k_proj", "v_proj", "lora_q_proj.0", "lora_k_proj.0"]
     gla = mixer.config.linear_attn_type == "gla"
@@ -81,7 +81,7 @@ def _reading_layers(mixer: SSEMixer) -> list[str]:
 
 
 def _reading(mixer: SSEMixer) -> list[nn.Parameter]:
-    return [mixer.get_parameter(f"{name}.weight") for name in _reading_layers(mixer)]
+    return [mixer.get_parameter(f"{name}.weight") for name in reading_layers(mixer)]
 
 
 def _expanding(mixer: SSEMixer) -> InputWeights:

@@ -10,7 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 from sse_kernels import add_rms_norm, silu_mul
 from sse_kernels.elementwise import _can_launch
-from sse_kernels.triton_elementwise import triton_add_rms_norm, triton_silu_mul
+from sse_kernels.triton_elementwise import (
+    differentiable_silu_mul,
+    triton_add_rms_norm,
+    triton_silu_mul,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
@@ -24,6 +28,20 @@ def test_silu_mul(width, dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(triton_silu_mul(x), F.silu(a) * b, rtol=tolerance, atol=1e-6)
     torch.testing.assert_close(silu_mul(x), F.silu(a) * b, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens,width", [(5, 16), (3, 1500), (0, 16)])
+def test_the_gradient_of_silu_mul(tokens, width, dtype):
+    x = torch.randn(tokens, 2 * width, device=DEVICE).to(dtype).requires_grad_()
+    dy = torch.randn(tokens, width, device=DEVICE).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    a, b = exact.chunk(2, -1)
+    (wanted,) = torch.autograd.grad(F.silu(a) * b, exact, dy.double())
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    for op in (differentiable_silu_mul, silu_mul):
+        (found,) = torch.autograd.grad(op(x), x, dy)
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from sse_rl.model import PackedInputs, SlotCache, packed_inputs
-from sse_rl.model.joined import joined
-from sse_rl.model.projections import _reading, fused_inputs, join_block, join_projections
+from sse_rl.model.joined import joined, product, products
+from sse_rl.model.projections import (
+    _reading,
+    fused_inputs,
+    join_block,
+    join_projections,
+    reading_layers,
+)
 
 needs_interpreter = pytest.mark.skipif(
     not importlib.util.find_spec("triton") or torch.cuda.is_available(),
@@ -58,6 +65,34 @@ def test_fused_inputs_are_those_of_the_layer(model):
             assert all(map(torch.equal, mine, right))
 
 
+def test_products_are_those_of_the_layers_and_so_are_their_gradients(model):
+    """Where tensors are on a GPU the products are one: so they are for a tensor that says so."""
+    mixer = model.double().model.layers[0].attn
+    layers = [mixer.get_submodule(name) for name in reading_layers(mixer)]
+    x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *(layer.weight for layer in layers)]
+    apart = products(x, layers)
+    assert product(x, layers) is None
+    with mock.patch.object(Tensor, "is_cuda", True):
+        together = products(x, layers)
+    assert together[0].data_ptr() != apart[0].data_ptr() and not together[0].is_contiguous()
+    slopes = [torch.randn_like(y) for y in apart]
+    found, wanted = (torch.autograd.grad(ys, inputs, slopes) for ys in (together, apart))
+    for a, b in zip((*together, *found), (*apart, *wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["bias", "adapter", "dtype"])
+def test_layers_that_are_not_plain_are_called(kind):
+    layers = [torch.nn.Linear(4, 2, bias=kind == "bias"), torch.nn.Linear(4, 3, bias=False)]
+    if kind == "adapter":
+        layers[1] = torch.nn.Sequential(layers[1])
+    if kind == "dtype":
+        layers[1].bfloat16()
+    with mock.patch.object(Tensor, "is_cuda", True):
+        assert product(torch.randn(5, 4), layers) is None
+
+
 @torch.no_grad()
 def test_joined_weights_are_the_parameters_themselves(model):
     mixer, x = model.model.layers[0].attn, torch.randn(3, 32)
@@ -91,7 +126,7 @@ def test_a_joined_model_gives_what_it_gave_before(model):
         join_block(layer)
         assert joined([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]) is not None
     after = model.packed(ids, packed_inputs([30, 10])).hidden
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(after, before, rtol=0, atol=3e-5)
     with torch.enable_grad():
         model.packed(ids, packed_inputs([30, 10])).hidden.sum().backward()
     assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
