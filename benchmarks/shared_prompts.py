@@ -4,7 +4,8 @@
 
 A fresh SSE-H of SmolLM2-135M's shape, ten of 30 layers softmax attention, the others SSE-GDN;
 random tokens. Both ways take the same batches in turn; the time is the median of the steps after
-the first. Writes results/shared-prompts-<device>.json.
+the first. On a GPU also its busy time and launches, by the profiler, in a step more, and the most
+memory that a step took. Writes results/shared-prompts-<device>.json.
 """
 
 from __future__ import annotations
@@ -75,7 +76,23 @@ def case(options: argparse.Namespace, prompt: int, answer: int) -> dict[str, Any
             found[f"{way} tokens"] = int(metrics["tokens"])
     for way, times in seconds.items():
         found[f"{way} s"] = round(statistics.median(times[1:]), 4)
+        if options.device == "cuda":
+            found |= {f"{way} {what}": x for what, x in profiled(learners[way], groups).items()}
     return found
+
+
+def profiled(learner: Learner, groups: list[Group]) -> dict[str, float]:
+    """A step more: seconds in which the GPU ran kernels, how many, and the GB that it held."""
+    torch.cuda.reset_peak_memory_stats()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        learner.step(groups)
+        torch.cuda.synchronize()
+    events = profile.key_averages()
+    return {
+        "GPU s": round(sum(event.self_device_time_total for event in events) / 1e6, 4),
+        "launches": sum(event.count for event in events if event.self_device_time_total > 0),
+        "GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
 
 
 def fresh(options: argparse.Namespace) -> SSEForCausalLM:

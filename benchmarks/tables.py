@@ -159,9 +159,21 @@ def shared_prompts() -> str:
             ]
             for row in result["rows"]
         ]
+        if "shared GPU s" in result["rows"][0]:
+            lines = [
+                [
+                    *line,
+                    *(f"{row[f'{way} GPU s']:.2f} s" for way in ("whole", "shared")),
+                    *(f"{row[f'{way} GB']:.0f} GB" for way in ("whole", "shared")),
+                ]
+                for line, row in zip(lines, result["rows"], strict=True)
+            ]
+            columns = [*head, "GPU busy, whole", "shared", "held, whole", "shared"]
+        else:
+            columns = head
         threads = f", {result['threads']} threads" if result["threads"] else ""
         blocks.append(
-            f"{table(head, lines)}\n{result['device']}{threads}, torch {result['torch']}, "
+            f"{table(columns, lines)}\n{result['device']}{threads}, torch {result['torch']}, "
             f"{result['date']}, commit {result['commit']}, `{result['command']}`.\n"
         )
     return "\n".join(blocks)
