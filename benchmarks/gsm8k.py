@@ -1,6 +1,7 @@
 """What recipes/gsm8k_smollm2.yaml showed: runs collected into result files, and docs/results.md.
 
-    python benchmarks/gsm8k.py collect runs/gsm8k_smollm2 [--eval teacher=evals/teacher/gsm8k_test]
+    python benchmarks/gsm8k.py collect runs/gsm8k_smollm2 [--rival runs/teacher]
+        [--eval teacher=evals/teacher/gsm8k_test ...]
     python benchmarks/gsm8k.py draw                       # docs/results.md and its curves
 
 `collect` writes results/gsm8k-<run>.json, everything that is shown of a run; `draw` writes the
@@ -26,6 +27,7 @@ from sse_rl.report.sinks import read_rows
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "gsm8k_smollm2"
+RIVAL = "teacher, trained for as many tokens"
 PAGE, PICTURES = ROOT / "docs/results.md", "results"
 SCORES = ("avg", "ci_sampling", "ci_bootstrap", "pass_at", "maj", "boxed", "truncated", "tokens")
 CURVES = {
@@ -36,6 +38,14 @@ CURVES = {
     "kl": ("rollout_kl",),
     "flips": ("flip_rate",),
 }
+AROUND_A_STOP = {
+    "reward": 3,
+    "entropy": 3,
+    "completion_length/mean": 1,
+    "grad_norm": 3,
+    "rollout_kl": 5,
+}
+"""Metrics and their decimals."""
 STYLE = "svg{--a:#0b63c5;--b:#d9730d;--line:#c5cad2;--dim:#667}text{font-family:sans-serif}"
 SHOWN_SAMPLES = 4
 SCORED = ["evaluation", "problems × samples", "score", "maj", "pass", "truncated", "tokens"]
@@ -52,6 +62,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     collecting = commands.add_parser("collect")
     collecting.add_argument("run", type=Path)
+    collecting.add_argument("--rival", type=Path, help="run that trained the teacher alone")
     collecting.add_argument("--eval", action="append", default=[], metavar="NAME=FOLDER")
     add_options(collecting)
     commands.add_parser("draw")
@@ -61,6 +72,9 @@ def main() -> None:
     else:
         others = dict(entry.split("=", 1) for entry in options.eval)
         result = collect(options.run, {k: Path(v) for k, v in others.items()}, options.commit)
+        if options.rival is not None:
+            perplexity = _json(options.rival / "distill" / "perplexity.json")
+            result["perplexity"][RIVAL] = perplexity["teacher, trained"]
         save(result, options.out, "gsm8k", result["name"])
 
 
@@ -152,6 +166,7 @@ def draw_page() -> None:
     sections = [INTRODUCTION, section(results[0], list(drawn))]
     if len(results) > 1:
         sections.append(settings_tried(results))
+    sections += [mismatch(_json(path)) for path in sorted(RESULTS.glob("mismatch-*.json"))]
     PAGE.write_text("\n".join(sections))
 
 
@@ -175,6 +190,34 @@ def settings_tried(results: list[dict[str, Any]]) -> str:
         ])  # fmt: skip
     head = ["run", "set otherwise", "steps", "avg@8", "gain", "entropy", "minutes", "date, commit"]
     return f"## Settings tried\n\n{table(head, rows)}"
+
+
+def mismatch(result: dict[str, Any]) -> str:
+    """Routing replayed or not, states in fp32 or bf16; the same weights, the same prompts."""
+    shape = result["shape"]
+    lines = [
+        [
+            row["case"],
+            f"{row['rollout_kl']:.1e}",
+            f"{row['rollout_logprob_diff_mean']:.4f}",
+            f"{row['rollout_logprob_diff_max']:.2f}",
+            f"{100 * row['flip_rate']:.2f} %",
+            f"{row['importance_ratio/max']:.2f}",
+            f"{100 * row['correction_share']:.2f} %",
+            f"{row['rewards'][0]:.3f} → {row['rewards'][-1]:.3f}",
+            _percent(row.get("held_out")),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["case", "KL rollout/learner", "log-prob gap, mean", "max", "flips", "largest ratio"]
+    head += ["masked", "reward", f"held out, avg@{shape.get('held_out_samples', 0)}"]
+    note = (
+        f"{shape['steps']} steps from the cold start, {shape['prompts']} x {shape['answers']} "
+        f"answers each, learning rate {shape['learning_rate']:g}; a ratio is a whole answer's; "
+        f"{result['device']}, torch {result['torch']}, {result['date']}, commit "
+        f"{result['commit']}, `{result['command']}`.\n"
+    )
+    return f"## Rollout and learner\n\n{table(head, lines)}\n{note}"
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -203,6 +246,7 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
         f"{summary.get('wall_s', 0) / 60:.1f} minutes, evaluations included; "
         f"{summary.get('status', 'unfinished')}.\n",
         *(f"{note}\n" for note in result.get("notes", ())),
+        resumptions(result),
         table(["perplexity", *texts], perplexity) if perplexity else "",
         signal(summary),
         table(
@@ -222,6 +266,24 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
         samples(result),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def resumptions(result: dict[str, Any]) -> str:
+    """Each stop within GRPO: what the steps before and after it logged."""
+    rows = []
+    for step in result["summary"].get("resumed_after", ()):
+        around = [
+            [row for row in result["steps"] if first < row["step"] <= first + 10]
+            for first in (step - 10, step)
+        ]
+        cells = [
+            " → ".join(f"{sum(row[k] for row in rs) / len(rs):.{d}f}" for rs in around if rs)
+            for k, d in AROUND_A_STOP.items()
+        ]
+        rows.append([f"{step}", *cells])
+    head = ["resumed after step", *AROUND_A_STOP]
+    means = "Means of the ten steps before each stop and the ten after.\n"
+    return f"{table(head, rows)}\n{means}" if rows else ""
 
 
 def where_the_time_went(result: dict[str, Any]) -> str:

@@ -84,9 +84,8 @@ def run(
 
         def ended(status: str, error: BaseException | None = None) -> dict[str, Any]:
             seconds = time.monotonic() - began
-            return summarize(
-                recipe, run_dir, status, seconds=seconds, stages=job.spent, error=error
-            )
+            told = recipe, run_dir, status
+            return summarize(*told, start=start, seconds=seconds, stages=job.spent, error=error)
 
         try:
             with job.actors:

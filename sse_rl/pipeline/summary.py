@@ -25,12 +25,14 @@ def summarize(
     run_dir: Path,
     status: str,
     *,
+    start: int,
     seconds: float,
     stages: Mapping[str, float],
     error: BaseException | None = None,
 ) -> dict[str, Any]:
     """Write summary.json and report.html and return the summary. `seconds`, and those of each of
-    `stages`, are added to those of former attempts."""
+    `stages`, are added to those of former attempts; `start` is the GRPO step that this one went on
+    from."""
     before = read_summary(run_dir)
     rows = read_rows(run_dir / METRICS)
     export, best = run_dir / EXPORT, kept(run_dir)
@@ -40,6 +42,7 @@ def summarize(
         "error": None if error is None else f"{type(error).__name__}: {error}",
         "steps": rows[-1]["step"] if rows else 0,
         "stopped_early": stopped_early(rows, recipe),
+        "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
         "wall_s": round(before.get("wall_s", 0.0) + seconds, 1),
         "stage_s": stage_seconds(before.get("stage_s", {}), stages),
         "settings": settings(recipe),

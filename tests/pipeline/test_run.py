@@ -109,8 +109,9 @@ def test_a_stopped_run_saves_and_resumes_to_the_same_digits(whole, tmp_path):
     assert summary["status"] == "interrupted"
     finish(start(tmp_path))
     assert metrics(tmp_path) == metrics(whole)
-    both = json.loads((tmp_path / "tiny" / "summary.json").read_text())["stage_s"]
-    assert both["eval"] > summary["stage_s"]["eval"] > 0
+    both = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert both["stage_s"]["eval"] > summary["stage_s"]["eval"] > 0
+    assert summary["resumed_after"] == [] and both["resumed_after"] == [summary["steps"]]
 
 
 def test_a_killed_rollout_worker_changes_nothing_but_the_time(whole, tmp_path):
