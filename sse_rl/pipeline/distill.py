@@ -281,14 +281,14 @@ class _Distillation:
         return (sums / len(following)).unbind()
 
     def _chunk(self, hidden: Tensor, wanted: Tensor, following: Tensor) -> Tensor:
-        logits = self.student.logits(hidden)
-        ce = F.cross_entropy(logits, following, reduction="sum")
-        t = self.options.temperature
+        logits, t = self.student.logits(hidden), self.options.temperature
+        soften = (lambda x: x) if t == 1 else (lambda x: x / t)  # each pass over [M, V] counts
         with torch.no_grad():
-            theirs = F.log_softmax(self.teacher.logits(wanted) / t, -1)
-        ours = F.log_softmax(logits / t, -1)
+            theirs = F.log_softmax(soften(self.teacher.logits(wanted)), -1)
+        ours = F.log_softmax(soften(logits), -1)
         kl = t * t * F.kl_div(ours, theirs, reduction="sum", log_target=True)
-        return torch.stack((kl, ce))
+        own = ours if t == 1 else F.log_softmax(logits, -1)
+        return torch.stack((kl, F.nll_loss(own, following, reduction="sum")))
 
     @torch.no_grad()
     def teacher_layers(
