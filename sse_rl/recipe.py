@@ -58,10 +58,12 @@ class Convert(Section):
 
 
 class Model(Section):
-    """Where the policy comes from: a checkpoint folder or hub id, a fresh model of `config`, or a
-    softmax Transformer to `convert`; exactly one of the three."""
+    """Where the policy comes from: a checkpoint folder, a fresh model of `config`, or a softmax
+    Transformer to `convert`; exactly one of the three."""
 
     path: str | None = None
+    """A folder with an SSE-H and its tokenizer, which `data.tokenizer` must name too, or a run's:
+    its export, else its last checkpoint."""
     config: dict[str, Any] | None = None
     """Keys of SSEConfig, for a model from scratch; the tokenizer sets the vocabulary size."""
     convert: Convert | None = None

@@ -22,6 +22,7 @@ from sse_rl.report.console import RunConsole
 
 INIT, DISTILL, SFT = "init", "distill", "sft"
 PERPLEXITY = "perplexity.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 POLL_S = 1.0
 STOP_S = 60.0
 """For a stage's last step and its state, once a run is asked to stop."""
@@ -71,11 +72,13 @@ def special_ids(tokenizer: Any) -> dict[str, int | None]:
     return {name: getattr(tokenizer, name) for name in names}
 
 
-def context_length(recipe: Recipe, vocab_size: int) -> int:
-    """The model's context in tokens, from its config alone. Raises UserError for a bad config."""
+def context_length(recipe: Recipe, tokenizer: Any) -> int:
+    """The model's context in tokens, from its config alone. Raises UserError for a bad config, or
+    if the model was not made for the tokenizer's ids."""
     from sse_rl.model import SSEConfig
     from sse_rl.pipeline.evaluate import model_folder
 
+    vocab_size = len(tokenizer)
     if recipe.model.convert is not None:
         from sse_rl.model.convert import converted_config, teacher_config
 
@@ -87,14 +90,44 @@ def context_length(recipe: Recipe, vocab_size: int) -> int:
                 f"{config.vocab_size} of {options.source}: name the teacher's tokenizer"
             )
         return config.max_position_embeddings
+    folder = None if recipe.model.path is None else model_folder(recipe.model.path)
     try:
-        if recipe.model.path is None:
+        if folder is None:
             config = SSEConfig(**model_keys(recipe, vocab_size))
         else:
-            config = SSEConfig.from_pretrained(model_folder(recipe.model.path))
+            config = SSEConfig.from_pretrained(folder)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.config: {error}") from None
+        key = "model.config" if folder is None else f"model.path = {recipe.model.path}"
+        raise UserError(f"{key}: {error}") from None
+    if folder is not None:
+        _check_tokenizer(recipe, tokenizer, folder, config.vocab_size)
     return config.max_position_embeddings
+
+
+def _check_tokenizer(recipe: Recipe, tokenizer: Any, folder: Path, vocab_size: int) -> None:
+    """Raises UserError unless the tokenizer's ids mean to the model in `folder` what it learned."""
+    named = f"data.tokenizer = {recipe.data.tokenizer}"
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    advice = f"set data.tokenizer: {folder}" if own else "name the tokenizer that it was trained on"
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{named} has {len(tokenizer)} ids, more than the {vocab_size} of model.path = "
+            f"{recipe.model.path}: {advice}"
+        )
+    if not own:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        words = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
+    if words != tokenizer.get_vocab():
+        raise UserError(
+            f"{named} has {len(tokenizer)} ids and is not the tokenizer in {folder}, {len(words)} "
+            f"ids, which model.path = {recipe.model.path} was trained on: {advice}"
+        )
 
 
 class StageWorker:

@@ -134,7 +134,7 @@ class Job:
             difficulty.check(recipe.grpo.difficulty)
         tokenizer = load_tokenizer(recipe.data)
         train, test = load_splits(recipe.data)
-        context = context_length(recipe, len(tokenizer))
+        context = context_length(recipe, tokenizer)
         limit = recipe.data.max_prompt_length
         every = render(train, tokenizer, recipe.data)
         prompts = drop_long(every, limit)

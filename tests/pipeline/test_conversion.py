@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sse_rl.data.tokenizer import byte_tokenizer, load_tokenizer
 from sse_rl.errors import UserError
@@ -42,6 +43,13 @@ cluster: {{learner_threads: 1}}
     return parse_recipe(text, overrides)
 
 
+def larger() -> PreTrainedTokenizerBase:
+    """The byte tokenizer with words of its own: 300 ids."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<word-{i}>" for i in range(300 - len(tokenizer))])
+    return tokenizer
+
+
 def test_the_command_writes_a_model_with_its_tokenizer(source: str, tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 3)
@@ -72,7 +80,7 @@ def test_a_bad_option_writes_nothing(source: str, tmp_path: Path, options: dict,
 def test_a_recipe_converts_and_distils(source: str, tmp_path: Path):
     of = recipe(source)
     tokenizer = load_tokenizer(of.data)
-    assert context_length(of, len(tokenizer)) == 128
+    assert context_length(of, tokenizer) == 128
     initialise(of, tokenizer, tmp_path)
     run_distill(of, str(tmp_path), "init")
     measured = json.loads((tmp_path / "distill" / "perplexity.json").read_text())
@@ -95,4 +103,30 @@ def test_a_recipe_whose_parts_do_not_fit_is_refused(source: str):
     with pytest.raises(UserError, match=r"exactly one of model\.path, model\.config"):
         recipe(source, "model.path=somewhere")
     with pytest.raises(UserError, match="has 300 ids, more than the 262 of"):
-        context_length(recipe(source), 300)
+        context_length(recipe(source), larger())
+
+
+def test_a_checkpoint_is_trained_with_its_own_tokenizer(source: str, tmp_path: Path):
+    tokenizer, folder, words = larger(), tmp_path / "model", tmp_path / "words"
+    convert_checkpoint(source, folder, attention_layers="1,")
+    tokenizer.save_pretrained(words)
+    assert (folder / "tokenizer.json").exists()
+
+    def context(named: str) -> int:
+        data = f"data: {{tokenizer: {named}, train: {{task: chain_sum}}}}"
+        of = parse_recipe(f"name: tiny\nmodel: {{path: {folder}}}\n{data}")
+        return context_length(of, load_tokenizer(of.data))
+
+    assert context("bytes") == context(str(folder)) == 128
+    with pytest.raises(UserError, match=rf"= {words} has 300 ids, .* 262 of model.path = {folder}"):
+        context(str(words))
+    other = byte_tokenizer()
+    other.save_pretrained(folder)
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|end|>"))
+    told = rf"data\.tokenizer = bytes has .*set data\.tokenizer: {folder}"
+    with pytest.raises(UserError, match=told):
+        context("bytes")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert context("bytes") == 128
