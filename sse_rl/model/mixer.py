@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
 from sse_rl.model.fork import Fork, take
-from sse_rl.model.joined import products
+from sse_rl.model.joined import product
 from sse_rl.model.projections import can_fuse, fused_inputs, reading_layers
 
 _DECAY_RANK = 16
@@ -82,10 +83,7 @@ class SSEMixer(nn.Module):
     def _inputs(self, x: Tensor, seqs: PackedInputs) -> LayerInputs:
         if seqs.is_step and can_fuse(self, x):
             return fused_inputs(self, x, seqs)
-        q1, k1, v, *low = products(x, [self.get_submodule(name) for name in reading_layers(self)])
-        if not low[0].is_contiguous():  # views would keep the whole for the backward pass
-            low = torch.cat(low, -1).split([y.shape[-1] for y in low], -1)
-        low_q, low_k, first, second, *low_gate = low
+        q1, k1, v, low_q, low_k, first, second, *low_gate = self._read(x)
         q2, k2 = q1 + self.lora_q_proj[1](low_q), k1 + self.lora_k_proj[1](low_k)
         if self.config.use_short_conv:
             q1 = self._convolve(q1, self.q_conv1d_shared.weight, seqs, 0)
@@ -100,6 +98,19 @@ class SSEMixer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.e_proj.weight.float())
         return LayerInputs(q1, k1, q2, k2, v.unflatten(-1, values), (first, second), gate, logits)
+
+    def _read(self, x: Tensor) -> Sequence[Tensor]:
+        """What multiplies x, in the order of `reading_layers`."""
+        names = reading_layers(self)
+        layers = [self.get_submodule(name) for name in names]
+        whole = product(x, layers)
+        if whole is None:  # v last: gradients are added in the opposite order
+            q1, k1, *low, v = (layer(x) for layer in (*layers[:2], *layers[3:], layers[2]))
+            return q1, k1, v, *low
+        widths = [len(self.get_parameter(f"{name}.weight")) for name in names]
+        wide, low = whole.split([sum(widths[:3]), sum(widths[3:])], -1)
+        # A copy of the narrow ones: the backward pass keeps them, and would keep the whole.
+        return *wide.split(widths[:3], -1), *low.contiguous().split(widths[3:], -1)
 
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
         if seqs.fork is not None:
