@@ -45,7 +45,8 @@ def load_benchmark(benchmark: str | Path, *, limit: int | None = None) -> Benchm
 
     A row of a file is {id, problem, answer} with optional kind (auto, aime, math) and exam. A file
     that begins with a benchmark's name, as aime24.jsonl or gsm8k_test.jsonl, is that benchmark:
-    its name, kind and seeds.
+    its name, kind and seeds. GSM8K's own rows, {question, answer} with the worked solution and
+    the number after ####, are read as from the hub.
 
     Raises ValueError naming file and row for a row that is no such object, a missing or doubled
     id, an empty problem or answer, a control character, or an answer that does not verify against
@@ -72,9 +73,13 @@ def _from_file(path: Path) -> Benchmark:
     except OSError as error:
         raise ValueError(f"cannot read the benchmark {path}: {error.strerror}") from error
     name = next((name for name in HUB if re.match(rf"{name}(?![a-z0-9])", path.stem)), path.stem)
+    rows = _file_rows(path, content)
+    if name.startswith("gsm8k"):
+        split = "train" if "train" in path.stem else "test"
+        rows = ((at, _own_row(row, f"gsm8k-{split}-{i:05}")) for i, (at, row) in enumerate(rows))
     return Benchmark(
         name=name,
-        problems=_problems(str(path), _file_rows(path, content), _kind_of(name)),
+        problems=_problems(str(path), rows, _kind_of(name)),
         source=path.name,
         revision="",
         sha256=hashlib.sha256(content).hexdigest(),
@@ -118,14 +123,30 @@ def _hub_row(name: str, hub: HubSet, index: int, row: dict[str, Any]) -> dict[st
         if column not in row:
             raise ValueError(f"{hub.path}, row {index}: no column {column!r} but {sorted(row)}")
     answer = _whole(row["answer"])
-    if name == "gsm8k":  # its answer is the worked solution, and the number after ####
-        answer = answer.rsplit("####", 1)[-1].strip().replace(",", "")
+    if name == "gsm8k":
+        answer = _final_number(answer)
     return {
         "id": str(row[hub.id]) if hub.id else f"{name}-{hub.split}-{index:05}",
         "problem": row[hub.problem],
         "answer": answer,
         "exam": _exam(str(row.get("url", ""))),
     }
+
+
+def _own_row(row: Any, id: str) -> Any:
+    """A row of a GSM8K file in our columns, where it has the data set's."""
+    if not isinstance(row, dict):
+        return row
+    if "problem" not in row and "question" in row:
+        row = {"id": id, **row, "problem": row["question"]}
+    if isinstance(answer := row.get("answer"), str) and "####" in answer:
+        row = {**row, "answer": _final_number(answer)}
+    return row
+
+
+def _final_number(worked: str) -> str:
+    """Of GSM8K's answer column, which holds a worked solution and the number after ####."""
+    return worked.rsplit("####", 1)[-1].strip().replace(",", "")
 
 
 def _download(name: str, hub: HubSet) -> Any:

@@ -27,6 +27,8 @@ DIGIT_LIMIT = 400
 _PLAIN_INTEGER = re.compile(r"\$?\s*([+-]?\d{1,12})(\.0+)?\s*\$?")
 _AUTO_INTEGER = re.compile(r"\d{1,3}")
 _LONG_NUMBER = re.compile(r"\d{401}")
+_ENVIRONMENT = re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
+"""A matrix may be written over several lines."""
 
 
 class Gold(NamedTuple):
@@ -131,8 +133,15 @@ def read_gold(answer: str, kind: str) -> Gold:
     text = text.strip()
     if not text:
         return _bad("an empty gold")
+    if "####" in text:
+        return _bad(
+            "a worked solution: take out the answer that follows #### (in a recipe: "
+            'answer_match: "#### (.+)")'
+        )
     if len(text) > BOX_LIMIT:
         return _bad(f"a gold of {len(text)} characters, above {BOX_LIMIT}")
+    if "\n" in _ENVIRONMENT.sub("", text):
+        return _bad("a gold of several lines: take the answer out of the text around it")
     plain = _PLAIN_INTEGER.fullmatch(text)
     if path == "aime" or (path == "auto" and _AUTO_INTEGER.fullmatch(text)):
         if plain is None:

@@ -78,6 +78,26 @@ def test_a_gold_that_does_not_verify_is_named(tmp_path):
         load_benchmark(written(tmp_path, *rows, name="aime24.jsonl"))
 
 
+RAW = {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1200\n#### 1,200"}
+
+
+def test_gsm8ks_own_rows_are_read_from_a_file_as_from_the_hub(tmp_path, hub):
+    hub([RAW, RAW])
+    from_hub = load_benchmark("gsm8k")
+    for name in ("gsm8k.jsonl", "gsm8k_test.jsonl"):
+        assert load_benchmark(written(tmp_path, RAW, RAW, name=name)).problems == from_hub.problems
+    (problem,) = load_benchmark(written(tmp_path, RAW, name="gsm8k_train.jsonl")).problems
+    assert problem.id == "gsm8k-train-00000"
+    mixed = GOOD | {"answer": RAW["answer"]}
+    (problem,) = load_benchmark(written(tmp_path, mixed, name="gsm8k_mine.jsonl")).problems
+    assert (problem.id, problem.answer) == ("a", "1200")
+
+
+def test_a_worked_solution_as_gold_is_refused_in_another_file(tmp_path):
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 1: answer .* of 'a' .*####"):
+        load_benchmark(written(tmp_path, GOOD | {"answer": RAW["answer"]}))
+
+
 def test_bytes_that_are_no_utf8_are_named(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match=r"x\.jsonl, line 1: not JSON in UTF-8"):

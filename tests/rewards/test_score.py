@@ -36,6 +36,9 @@ def test_each_status_has_its_case():
         ("204", "olympiad"),
         ("9" * 1200, "math"),
         (["204"], "auto"),
+        ("He has 2 * 9 = <<2*9=18>>18.\n#### 18", "gsm8k"),
+        ("#### 18", "auto"),
+        ("He has 2 * 9.\nThat is 18", "math"),
     ],
 )
 def test_a_bad_gold_masks_the_sample_and_is_reported_at_load(answer, kind):
@@ -46,10 +49,22 @@ def test_a_bad_gold_masks_the_sample_and_is_reported_at_load(answer, kind):
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
-    [("204", "aime"), ("-3", "amc"), (r"\frac{3}{4}", "math"), ("18", "gsm8k"), ("x^2", "auto")],
+    [
+        ("204", "aime"),
+        ("-3", "amc"),
+        (r"\frac{3}{4}", "math"),
+        ("18\n", "gsm8k"),
+        ("x^2", "auto"),
+        ("So it is\n\\boxed{18}.", "math"),
+        ("\\begin{pmatrix}\n3 \\\\\n4\n\\end{pmatrix}", "math"),
+    ],
 )
 def test_a_good_gold_verifies_against_itself(answer, kind):
     assert validate_gold(answer, kind) is None
+
+
+def test_a_worked_solution_as_gold_is_told_how_its_answer_is_taken_out():
+    assert 'answer_match: "#### (.+)"' in str(validate_gold("He has 2 * 9.\n#### 18", "gsm8k"))
 
 
 def test_lenient_mode_reads_a_stated_answer_and_strict_mode_does_not():
