@@ -241,7 +241,8 @@ class Difficulty(Section):
     limit: Positive | None = None
     """Prompts to measure, the first that would be dealt; the others are left out."""
     path: str | None = None
-    """difficulty.jsonl of another run: what stands there is not measured again."""
+    """difficulty.jsonl of another run from the same base: a prompt that stands there, by its id and
+    its tokens, is not measured again."""
 
     @model_validator(mode="after")
     def _range(self) -> Self:

@@ -2,23 +2,25 @@
 
 A prompt that is always or never answered right gives its group no advantage. Pass rates are kept in
 the run's folder, one line a prompt as its answers come, so that an interrupted measurement goes on;
-they also say, before anything is learned, whether there is a signal to learn from.
+they also say, before anything is learned, whether there is a signal to learn from. A line names its
+prompt by its id and by a hash of its tokens: ids such as `chain_sum-41` return in other data.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from sse_eval import statistics
 
 from sse_rl.data.stream import PromptStream
 from sse_rl.errors import UserError
+from sse_rl.pipeline.folder import write_whole
 from sse_rl.pipeline.source import Scores, group_seed, sampling, trajectory
 from sse_rl.recipe import Difficulty, Grpo, Rollout
 from sse_rl.report.sinks import read_rows
@@ -66,6 +68,7 @@ class Measurement:
     seed: int
     interrupted: Callable[[], None] = lambda: None
     progress: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
 
     def worth_asking(
         self, prompts: Sequence[Prompt], options: Difficulty, path: Path, *, may_ask: bool
@@ -73,33 +76,40 @@ class Measurement:
         """The prompts whose pass rate is within the limits of `options`, in the order of dealing.
 
         What `path` knows, or, before there is one, the file that `options` names, is not measured
-        again; the rest is, with the weights that the pool has now.
+        again; the rest is, with the weights that the pool has now. `path` then holds the rates of
+        the prompts that are dealt and no others.
 
         Raises:
             UserError: a prompt is not known and `may_ask` is not set, as training has changed the
                 weights since; or no prompt is left.
         """
-        if options.path is not None and not path.exists():
-            shutil.copy(options.path, path)
         stream = PromptStream(prompts, self.seed)
         dealt = [stream[i] for i in range(min(options.limit or len(prompts), len(prompts)))]
-        known = read_rates(path)
+        if path.exists() or options.path is None:
+            known = _rows_of(dealt, path, without_hash=True)
+        else:
+            known = _rows_of(dealt, Path(options.path), without_hash=False)
+            self.say(
+                f"grpo.difficulty.path = {options.path}: it has the pass rates of {len(known)} of "
+                f"{len(dealt)} prompts, by id and hash; the others are measured"
+            )
         unknown = [prompt.id for prompt in dealt if prompt.id not in known]
         if unknown and not may_ask:
             raise UserError(
-                f"{path}: {len(unknown)} prompts are not in it, the first is {unknown[0]}; the "
-                "weights that they were to be measured with are gone. Restore it, or start anew"
+                f"{path}: {len(unknown)} prompts are not in it, or under their ids others are; the "
+                f"first is {unknown[0]}. The weights that they were to be measured with are gone: "
+                "restore it, or start anew"
             )
-        return keep(dealt, self.rates(dealt, options.num_samples, path), options)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in known.values()))
+        return keep(dealt, self._rates(dealt, options.num_samples, path), options)
 
-    def rates(self, prompts: Sequence[Prompt], samples: int, path: Path) -> dict[str, PassRate]:
+    def _rates(self, prompts: Sequence[Prompt], samples: int, path: Path) -> dict[str, PassRate]:
         """The pass rate of each prompt by its id, of so many samples; what `path` holds is not
         asked again.
 
         What a prompt is answered depends on the weights, the run's seed and its id alone.
         """
         known = read_rates(path)
-        _end_with_a_line(path)
         asked = {prompt.id: prompt for prompt in prompts if prompt.id not in known}
         for prompt in asked.values():
             name = f"{CHANNEL}/{prompt.id}"
@@ -117,7 +127,7 @@ class Measurement:
                 self.progress(f"{len(known)}/{len(prompts)} prompts")
         finally:
             self.pool.cancel(CHANNEL)
-        return {prompt.id: known[prompt.id] for prompt in prompts}
+        return known
 
     def _score(self, groups: list[Group], path: Path) -> dict[str, PassRate]:
         if not groups:
@@ -127,17 +137,44 @@ class Measurement:
         for group in groups:
             right = [t.rewards[COMPONENT] == 1 for t in group.trajectories]
             tokens = [len(t.token_ids) for t in group.trajectories]
-            row = {"id": group.prompt.id, "samples": len(right), "right": sum(right)}
+            row = {"id": group.prompt.id, "prompt": prompt_hash(group.prompt)}
+            row |= {"samples": len(right), "right": sum(right)}
             rows.append(row | {"tokens": sum(tokens) / len(tokens)})
         with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return {row["id"]: PassRate(row["samples"], row["right"]) for row in rows}
 
 
+def prompt_hash(prompt: Prompt) -> str:
+    """Of its token ids, in 16 digits."""
+    ids = np.array(prompt.token_ids, dtype="<i8")
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+
+
 def read_rates(path: Path) -> dict[str, PassRate]:
     """What was measured so far. Raises UserError if a line is not what a measurement writes."""
-    rates = {}
-    for row in read_rows(path):
+    return {row["id"]: PassRate(row["samples"], row["right"]) for row in _checked_rows(path)}
+
+
+def _rows_of(
+    prompts: Sequence[Prompt], path: Path, *, without_hash: bool
+) -> dict[str, dict[str, Any]]:
+    """The rows of `path` that are of these prompts, by id.
+
+    Files of former versions have no hash; `without_hash` says that their ids are enough.
+    """
+    wanted = {prompt.id: prompt_hash(prompt) for prompt in prompts}
+    found = {}
+    for row in _checked_rows(path):
+        name, known = row["id"], row.get("prompt")
+        if name in wanted and (known == wanted[name] or (known is None and without_hash)):
+            found[name] = row
+    return found
+
+
+def _checked_rows(path: Path) -> list[dict[str, Any]]:
+    rows = read_rows(path)
+    for row in rows:
         if missing := [key for key in ("id", "samples", "right") if key not in row]:
             raise UserError(f"{path}: a row has no {missing[0]!r}; expected id, samples, right")
         name, samples, right = row["id"], row["samples"], row["right"]
@@ -147,8 +184,7 @@ def read_rates(path: Path) -> dict[str, PassRate]:
                 f"{path}: id {name!r}, samples {samples!r}, right {right!r}; expected a prompt's "
                 "id, a count of at least 1, and how many of them were right"
             )
-        rates[name] = PassRate(samples, right)
-    return rates
+    return rows
 
 
 def keep(
@@ -189,12 +225,3 @@ def pass_rates(rates: dict[str, PassRate]) -> dict[str, float]:
         f"pass@{samples}": statistics.pass_at(arrays, samples),
         "mixed": mixed / len(rates),
     }
-
-
-def _end_with_a_line(path: Path) -> None:
-    """Takes off a last line that a kill cut short."""
-    if path.exists():
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            path.write_bytes(whole)

@@ -280,6 +280,7 @@ class Job:
             self.recipe.seed,
             self.interrupted,
             lambda progress: self.console.stage("difficulty", progress),
+            self.console.say,
         )
         path = self.run_dir / difficulty.FILE
         kept = measurement.worth_asking(self.prompts, grpo.difficulty, path, may_ask=may_ask)

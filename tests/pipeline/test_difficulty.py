@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sse_rl.errors import Interrupted, UserError
-from sse_rl.pipeline.difficulty import Measurement, check, pass_rates, read_rates
+from sse_rl.pipeline.difficulty import Measurement, check, pass_rates, prompt_hash, read_rates
+from sse_rl.pipeline.summary import difficulty
 from sse_rl.recipe import Difficulty, Grpo, Rollout
+from sse_rl.report.sinks import read_rows
 from sse_rl.types import Completion, Group, Prompt, Request
 
 RIGHT = {"never": 0, "seldom": 1, "often": 3, "always": 4}
@@ -60,6 +63,18 @@ def measurement(pool: Pool) -> Measurement:
     return Measurement(pool, Scorer(), lambda ids: str(ids[0]), grpo, Rollout(), seed=0)
 
 
+def rows(prompts: list[Prompt] = PROMPTS) -> list[dict]:
+    """What a measurement of `prompts` writes."""
+    return [
+        {"id": p.id, "prompt": prompt_hash(p), "samples": 4, "right": RIGHT.get(p.id, 2)}
+        for p in prompts
+    ]
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def names(prompts: list[Prompt]) -> set[str]:
     return {prompt.id for prompt in prompts}
 
@@ -91,12 +106,55 @@ def test_an_interrupted_measurement_asks_only_what_is_missing(tmp_path: Path):
 
 def test_another_runs_file_is_not_measured_again(tmp_path: Path):
     path, other = tmp_path / "difficulty.jsonl", tmp_path / "other.jsonl"
-    rows = [{"id": name, "samples": 4, "right": right} for name, right in RIGHT.items()]
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(other, rows())
     pool = Pool()
     options = Difficulty(path=str(other), min_pass_rate=0.5)
     kept = measurement(pool).worth_asking(PROMPTS, options, path, may_ask=True)
     assert names(kept) == {"often"} and not pool.asked
+
+
+def test_rates_of_other_prompts_under_the_same_ids_are_measured_again(tmp_path: Path):
+    path, other = tmp_path / "difficulty.jsonl", tmp_path / "other.jsonl"
+    others = [replace(prompt, token_ids=(1, 3)) for prompt in PROMPTS]
+    options = Difficulty(path=str(other), num_samples=4)
+    unnamed = [{k: v for k, v in row.items() if k != "prompt"} for row in rows()]
+    for known in (rows(others), unnamed):
+        pool, said = Pool(), []
+        write(other, known)
+        subject = replace(measurement(pool), say=said.append)
+        with pytest.raises(UserError, match="4 prompts are not in it"):
+            subject.worth_asking(PROMPTS, options, path, may_ask=False)
+        assert not path.exists()
+        kept = subject.worth_asking(PROMPTS, options, path, may_ask=True)
+        assert names(kept) == {"seldom", "often"} and len(pool.asked) == 4
+        assert "it has the pass rates of 0 of 4 prompts" in said[-1]
+        assert [row["prompt"] for row in read_rows(path)] == [prompt_hash(PROMPTS[0])] * 4
+        path.unlink()
+
+
+def test_a_runs_own_rates_of_a_former_version_are_kept(tmp_path: Path):
+    path = tmp_path / "difficulty.jsonl"
+    write(path, [{"id": name, "samples": 4, "right": n} for name, n in RIGHT.items()])
+    for may_ask in (False, True):
+        pool = Pool()
+        kept = measurement(pool).worth_asking(PROMPTS, Difficulty(), path, may_ask=may_ask)
+        assert names(kept) == {"seldom", "often"} and not pool.asked
+
+
+def test_only_prompts_that_are_dealt_are_counted(tmp_path: Path):
+    path, other = tmp_path / "difficulty.jsonl", tmp_path / "other.jsonl"
+    write(other, rows([*PROMPTS, Prompt("elsewhere", (5,), answer="7")]))
+    shown: list[str] = []
+    subject = replace(measurement(Pool()), progress=shown.append)
+    unlike = [*PROMPTS[:3], replace(PROMPTS[3], token_ids=(9,))]
+    subject.worth_asking(unlike, Difficulty(path=str(other), num_samples=4), path, may_ask=True)
+    assert shown == ["4/4 prompts"]
+    told = difficulty(tmp_path)
+    assert told and told["prompts"] == 4 and told["pass@1"] == 0.5
+    write(path, rows([*PROMPTS, Prompt("elsewhere", (5,), answer="7")]))
+    subject.worth_asking(PROMPTS, Difficulty(), path, may_ask=False)
+    told = difficulty(tmp_path)
+    assert told and told["prompts"] == 4
 
 
 def test_what_training_has_changed_since_is_not_measured(tmp_path: Path):
