@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 from sse_eval import Benchmark, Generator, Summary, evaluate, load_benchmark, prompt_template
+from sse_eval.benchmarks import HUB
 from sse_eval.endpoint import Endpoint
 from sse_eval.runner import requests_of
 from sse_eval.types import Message
@@ -95,7 +97,12 @@ class Checkpoint:
 
     @cached_property
     def folder(self) -> Path:
+        _refuse_softmax(Path(self.model))
         return model_folder(self.model)
+
+    def check(self) -> None:
+        """Raises UserError unless there is a model; reads no weights."""
+        _ = self.folder
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -163,6 +170,10 @@ class Served:
     def name(self) -> str:
         return self.endpoint.model.replace("/", "--")
 
+    def check(self) -> None:
+        """Raises UserError unless the server answers and has the model."""
+        _ = self.endpoint
+
     @cached_property
     def context(self) -> int | None:
         return self.endpoint.max_context
@@ -190,8 +201,12 @@ class Evaluation:
     benchmarks: list[Benchmark] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a benchmark that cannot be read or is there twice."""
+        """Raises UserError for a model that is not there, and for no benchmark, one that cannot be
+        read or one that is there twice."""
         names, limit = self.protocol.benchmarks, self.protocol.limit
+        if not names:
+            raise UserError(f"--benchmark: give one or more of {', '.join(HUB)}, FILE.jsonl")
+        self.target.check()  # before benchmarks are fetched
         loaded = [as_user_error(load_benchmark, name, limit=limit) for name in names]
         if len({bench.name for bench in loaded}) < len(loaded):
             raise UserError(f"--benchmark {','.join(names)}: one of them is there twice")
@@ -286,6 +301,21 @@ def rollout_of(workers: int | None, max_num_seqs: int) -> Rollout:
         num_threads=threads,
         max_num_seqs=max_num_seqs,
     )
+
+
+def _refuse_softmax(folder: Path) -> None:
+    """Raises UserError for a Transformer that could be converted; `model_folder` tells the rest."""
+    from sse_rl.model.convert import FAMILIES
+
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if kind in FAMILIES:
+        raise UserError(
+            f"{folder}: model_type {kind!r} is not an SSE-H model; one that computes the same is "
+            f"written by: sse-rl convert {folder} FOLDER --attention-layers all"
+        )
 
 
 def evaluations_in(path: Path) -> dict[str, Path]:

@@ -190,7 +190,7 @@ def test_doctor_names_versions_and_devices(call):
         (["run", "{recipe}", "--dry-run", "--set", "data.tokenizer=./none"], "data.tokenizer"),
         (["report", "none"], "none"),
         (["export", "none", "out"], "none"),
-        (["eval", "none", "--benchmark", "x.jsonl"], "x.jsonl"),
+        (["eval", "none", "--benchmark", "x.jsonl"], "none: no model there"),
         (["compare", "none", "none"], "none"),
         (["grade", "none.jsonl"], "none.jsonl"),
     ],

@@ -107,9 +107,9 @@ def test_the_prompt_is_chosen_and_recorded(call, url, sums, tmp_path):
     assert "{problem}" in call(*asked, "--prompt", "Solve it.")[2]
 
 
-def test_a_context_shorter_than_the_answers_is_refused_before_anything_starts(
-    call, url, sums, tmp_path
-):
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A random one with a context of 256 tokens."""
     tokenizer = byte_tokenizer()
     config = SSEConfig(
         hidden_size=16,
@@ -122,11 +122,17 @@ def test_a_context_shorter_than_the_answers_is_refused_before_anything_starts(
         attn=None,
     )
     torch.manual_seed(0)
-    SSEForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    SSEForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_context_shorter_than_the_answers_is_refused_before_anything_starts(
+    call, url, model, sums, tmp_path
+):
     out = tmp_path / "evals"
     options = ("--benchmark", sums, "--max-tokens", 250, "--out", out)
-    code, _, err = call("eval", tmp_path / "model", *options)
+    code, _, err = call("eval", model, *options)
     assert code == 2 and "context" in err and "256 tokens" in err and "at most" in err
     code, _, err = call("eval", "--endpoint", url, *options[:2], "--max-tokens", 5000)
     assert code == 2 and "4096 tokens" in err
@@ -148,6 +154,25 @@ def test_a_context_shorter_than_the_answers_is_refused_before_anything_starts(
 def test_a_command_that_makes_no_sense_is_one_message(call, sums, arguments, message):
     code, out, err = call("eval", *arguments, "--benchmark", sums)
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("benchmark", [(), ("--benchmark", ""), ("--benchmark", " , ")])
+def test_no_benchmark_is_one_message_that_lists_some(call, url, benchmark):
+    code, out, err = call("eval", "--endpoint", url, *benchmark, "--dry-run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--benchmark: give one or more of aime24, " in err and "FILE.jsonl" in err
+
+
+def test_a_wrong_model_is_told_before_benchmarks_are_fetched(call, monkeypatch):
+    monkeypatch.setattr("sse_rl.evaluation.load_benchmark", None)
+    code, _, err = call("eval", "nowhere", "--benchmark", "aime24")
+    assert code == 2 and err.startswith("sse-rl: nowhere: no model there")
+
+
+def test_a_softmax_model_is_told_how_it_is_converted(call, sums, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code, _, err = call("eval", tmp_path, "--benchmark", sums)
+    assert code == 2 and f"sse-rl convert {tmp_path} FOLDER --attention-layers all" in err
 
 
 def test_the_last_evaluations_of_a_run_stand_for_it(tmp_path: Path):
