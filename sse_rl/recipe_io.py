@@ -118,7 +118,7 @@ def check_context(recipe: Recipe, context: int, *, origin: str = "recipe") -> No
 
 
 def check_files(recipe: Recipe, *, origin: str = "recipe") -> None:
-    """Raise UserError if a file that the recipe names is not there."""
+    """Raise UserError if a file or folder that the recipe names is not there."""
     data = recipe.data
     files = {
         "data.chat_template": data.chat_template,
@@ -134,6 +134,8 @@ def check_files(recipe: Recipe, *, origin: str = "recipe") -> None:
     source = recipe.model.convert.source if recipe.model.convert else ""
     if source.endswith(".gguf"):
         files["model.convert.source"] = source
+    if recipe.model.path is not None and not Path(recipe.model.path).is_dir():
+        raise UserError(f"{origin}: model.path = {recipe.model.path}: no such folder")
     for key, path in files.items():
         if path is not None and not Path(path).is_file():
             raise UserError(f"{origin}: {key} = {path}: no such file")

@@ -278,6 +278,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
     progress = _start(recipe, folder / f"{DISTILL}.jsonl")
     device = "cuda" if recipe.cluster.learner_gpus else "cpu"
     tokenizer = load_tokenizer(recipe.data)
+    held_out = held_out_text(recipe, tokenizer)  # a fault there costs none of the teacher's answers
     teacher = as_softmax(load_teacher(origin.source), origin.source).to(device)  # pyright: ignore[reportArgumentType]
     student = load_policy(folder / base).float().to(device)  # pyright: ignore[reportArgumentType]
     text = training_text(recipe, tokenizer, teacher, folder, progress)
@@ -286,7 +287,7 @@ def run_distill(recipe: Recipe, run_dir: str, base: str) -> dict[str, float]:
         student,
         teacher,
         text,
-        held_out_text(recipe, tokenizer),
+        held_out,
         options=options,
         seed=recipe.seed,
         state=state,

@@ -128,6 +128,7 @@ class Job:
     def prepare(cls, recipe: Recipe, run_dir: Path) -> Job:
         """Reads and checks everything that can be checked before a cluster is needed."""
         from sse_rl.pipeline.initial import context_length
+        from sse_rl.pipeline.texts import check_texts
 
         check_components(recipe.rewards.components)
         if recipe.grpo is not None:
@@ -150,6 +151,7 @@ class Job:
                 f"take {longest} tokens, more than the model's context of {context}: lower "
                 "eval.max_tokens or grpo.max_completion_length"
             )
+        check_texts(recipe, tokenizer, train, test, run_dir)
         pages = -(-longest // recipe.rollout.page_size)
         if recipe.rollout.num_pages is not None and recipe.rollout.num_pages <= pages + 1:
             raise UserError(
