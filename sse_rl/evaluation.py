@@ -16,7 +16,8 @@ import torch
 from sse_eval import Benchmark, Generator, Summary, evaluate, load_benchmark, prompt_template
 from sse_eval.benchmarks import HUB
 from sse_eval.endpoint import Endpoint
-from sse_eval.runner import requests_of
+from sse_eval.folder import check_config
+from sse_eval.runner import config_of, requests_of
 from sse_eval.types import Message
 
 from sse_rl.errors import UserError
@@ -33,6 +34,9 @@ from sse_rl.pipeline.evaluate import (
 from sse_rl.pipeline.weights import pack
 from sse_rl.recipe import Rollout
 from sse_rl.rollout.worker import EngineSpec
+
+WEIGHTS = frozenset({"model.weights_crc32"})
+"""What a folder's configuration has that is known only once the weights are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,11 @@ class Checkpoint:
         _refuse_softmax(Path(self.model))
         return model_folder(self.model)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is known of it before its weights are loaded."""
+        return {"name": self.name}
+
     def check(self) -> None:
         """Raises UserError unless there is a model; reads no weights."""
         _ = self.folder
@@ -145,7 +154,7 @@ class Checkpoint:
             pool.set_weights(index, ray.put(buffer))
             yield Opened(
                 PoolGenerator(pool, self.prompter, self.context),
-                {"name": self.name, "weights_crc32": f"{crc:08x}"},
+                self.identity | {"weights_crc32": f"{crc:08x}"},
                 round(rollout.num_workers * rollout.num_gpus_per_worker),
             )
         finally:
@@ -170,6 +179,10 @@ class Served:
     def name(self) -> str:
         return self.endpoint.model.replace("/", "--")
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.endpoint.model, "endpoint": self.endpoint.url}
+
     def check(self) -> None:
         """Raises UserError unless the server answers and has the model."""
         _ = self.endpoint
@@ -186,8 +199,7 @@ class Served:
 
     @contextmanager
     def open(self, longest: int) -> Iterator[Opened]:
-        identity = {"name": self.endpoint.model, "endpoint": self.endpoint.url}
-        yield Opened(self.endpoint, identity, 0)
+        yield Opened(self.endpoint, self.identity, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +227,8 @@ class Evaluation:
     def plans(self) -> list[Plan]:
         """What would be asked, with nothing started.
 
-        Raises UserError for a model that cannot be read, and for a context that is too short.
+        Raises UserError for a model that cannot be read, for a context that is too short, and for
+        a folder that holds another evaluation.
         """
         found = [self._plan(bench) for bench in self.benchmarks]
         context, max_tokens = self.target.context, self.protocol.max_tokens
@@ -238,16 +251,20 @@ class Evaluation:
             return {bench.name: self._run(bench, model, progress) for bench in self.benchmarks}
 
     def _plan(self, bench: Benchmark) -> Plan:
-        requests = requests_of(bench, **self._sampling(bench) | {"samples": 1})  # pyright: ignore[reportArgumentType]
-        prompts = [self.target.render(request.messages) for request in requests]
-        counted = [n for n in map(self.target.tokens, prompts) if n is not None]
+        sampling = self._sampling(bench)
+        requests = requests_of(bench, **sampling | {"samples": 1})  # pyright: ignore[reportArgumentType]
+        prompts = {request.id: self.target.render(request.messages) for request in requests}
+        prompt = sampling.pop("prompt")
+        config = config_of(bench, sampling, prompt, prompts, self.target.identity)
+        as_user_error(check_config, self._folder(bench), config, unknown=WEIGHTS)
+        counted = [n for n in map(self.target.tokens, prompts.values()) if n is not None]
         return Plan(
             benchmark=bench.name,
             problems=len(requests),
             samples=len(requests) * self.protocol.samples,
             longest_prompt=max(counted, default=None),
             context=self.target.context,
-            prompt=prompts[0],
+            prompt=prompts[requests[0].id],
             out=str(self._folder(bench)),
         )
 

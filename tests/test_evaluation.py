@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from sse_eval import SampleOutput, SampleRequest, evaluate
+from sse_eval.types import Message
 
 from sse_rl.cli import main
 from sse_rl.data.tokenizer import byte_tokenizer
 from sse_rl.evaluation import evaluations_in
 from sse_rl.model import SSEConfig, SSEForCausalLM
+from sse_rl.pipeline.evaluate import Prompter
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -38,6 +42,19 @@ class Answers(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+@dataclass
+class FakeAnswers:
+    """A model on no cluster, by its template alone, that answers 2."""
+
+    render: Callable[[Sequence[Message]], str]
+    max_context: int | None = None
+
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[SampleOutput]:
+        for request in requests:
+            prompt = self.render(request.messages)
+            yield SampleOutput(request.id, request.sample, r"\boxed{2}", 5, "stop", prompt)
 
 
 @pytest.fixture
@@ -167,6 +184,35 @@ def test_a_wrong_model_is_told_before_benchmarks_are_fetched(call, monkeypatch):
     monkeypatch.setattr("sse_rl.evaluation.load_benchmark", None)
     code, _, err = call("eval", "nowhere", "--benchmark", "aime24")
     assert code == 2 and err.startswith("sse-rl: nowhere: no model there")
+
+
+def test_the_folder_of_another_evaluation_is_found_before_anything_starts(
+    call, url, model, sums, tmp_path
+):
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(sums.read_bytes())
+    out = tmp_path / "evals"
+    asked = ("--endpoint", url, "--samples", 1, "--out", out, "--benchmark")
+    assert call("eval", *asked, other, "--max-tokens", 64)[0] == 0
+    both = f"{sums},{other}"
+    for dry in ((), ("--dry-run",)):
+        code, _, err = call("eval", *asked, both, "--max-tokens", 65, *dry)
+        assert code == 2 and f"{out / 'other'} holds results of another configuration" in err
+        assert "sampling.max_tokens: 64 -> 65" in err
+    changed = ("--samples", 1, "--max-tokens", 64, "--out", out, "--no-chat-template")
+    code, _, err = call("eval", model, "--benchmark", both, *changed)
+    assert code == 2 and "model.endpoint" in err and "weights_crc32" not in err
+    assert not (out / "sums").exists()
+    assert call("eval", *asked, both, "--max-tokens", 64)[0] == 0
+
+
+def test_weights_that_are_not_loaded_yet_do_not_make_a_folder_anothers(call, model, sums, tmp_path):
+    answers = FakeAnswers(Prompter(byte_tokenizer()).render)
+    weights = {"name": "tiny", "weights_crc32": "0"}
+    evaluate(sums, answers, tmp_path / "evals" / "sums", max_tokens=64, model=weights)
+    asked = ("eval", model, "--benchmark", sums, "--max-tokens", 64, "--out", tmp_path / "evals")
+    assert call(*asked, "--dry-run")[0] == 0
+    assert call(*asked, "--dry-run", "--seed", 1)[0] == 2
 
 
 def test_a_softmax_model_is_told_how_it_is_converted(call, sums, tmp_path):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def open_folder(path: Path, config: Mapping[str, Any]) -> Iterator[Folder]:
         raise EvaluationError(f"cannot use {path} as an evaluation's folder: {error}") from error
     try:
         _lock(lock, path)
-        _settle_config(path / "config.json", config)
+        _settle_config(path, config)
         folder = Folder(path)
         try:
             yield folder
@@ -46,6 +46,36 @@ def open_folder(path: Path, config: Mapping[str, Any]) -> Iterator[Folder]:
             folder.close()
     finally:
         os.close(lock)
+
+
+def check_config(folder: Path, config: Mapping[str, Any], *, unknown: Collection[str] = ()) -> bool:
+    """Whether config.json of `folder` says `config` already; writes nothing.
+
+    unknown: dotted keys that `config` cannot tell yet, of which any value is right.
+
+    Raises EvaluationError if there are results of another configuration (showing the difference),
+    or files that cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        there = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if (folder / "results.jsonl").exists():
+            raise EvaluationError(f"{folder} has results.jsonl but no config.json") from error
+        return False
+    except OSError as error:
+        raise EvaluationError(f"cannot use {folder} as an evaluation's folder: {error}") from error
+    except ValueError as error:
+        raise EvaluationError(f"{path} is no JSON: {error}") from error
+    found = differences(there, json.loads(json.dumps(config)))
+    changes = [change for change in found if change.partition(":")[0] not in unknown]
+    if changes and read_rows(folder / "results.jsonl"):
+        raise EvaluationError(
+            f"{folder} holds results of another configuration (there -> now):\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + "\nGive the old values to go on with it, or another folder to start anew."
+        )
+    return not changes
 
 
 class Folder:
@@ -196,27 +226,11 @@ def _lock(descriptor: int, path: Path) -> None:
             raise  # some network file systems have no locks: two writers are then the user's care
 
 
-def _settle_config(path: Path, config: Mapping[str, Any]) -> None:
+def _settle_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write the configuration of a folder without results, or hold a resumed one to its own."""
     wanted = json.loads(json.dumps(config))
-    try:
-        there = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if (path.parent / "results.jsonl").exists():
-            raise EvaluationError(f"{path.parent} has results.jsonl but no config.json") from error
-        replace(path, json.dumps(wanted, indent=1).encode() + b"\n")
-        return
-    except ValueError as error:
-        raise EvaluationError(f"{path} is no JSON: {error}") from error
-    changes = list(differences(there, wanted))
-    if changes and not read_rows(path.parent / "results.jsonl"):
-        replace(path, json.dumps(wanted, indent=1).encode() + b"\n")
-    elif changes:
-        raise EvaluationError(
-            f"{path.parent} holds results of another configuration (there -> now):\n"
-            + "\n".join(f"  {change}" for change in changes)
-            + "\nGive the old values to go on with it, or another folder to start anew."
-        )
+    if not check_config(folder, wanted):
+        replace(folder / "config.json", json.dumps(wanted, indent=1).encode() + b"\n")
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:

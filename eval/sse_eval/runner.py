@@ -82,25 +82,16 @@ def evaluate(
         seed=seed,
         prompt=prompt,
     )
-    config = {
-        "benchmark": {
-            "name": bench.name,
-            "source": bench.source,
-            "revision": bench.revision,
-            "sha256": bench.sha256,
-            "problems": len(bench.problems),
-        },
-        "sampling": {
-            "samples": samples,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-            "seed": seed,
-        },
-        "prompt": prompt,
-        "prompts_sha256": _prompts_sha256(generator, wanted),
-        "model": dict(model or {}),
+    sampling = {
+        "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
     }
+    messages = {request.id: request.messages for request in wanted}
+    prompts = {id: generator.render(asked) for id, asked in messages.items()}
+    config = config_of(bench, sampling, prompt, prompts, model or {})
     with open_folder(Path(out_dir), config) as folder:
         write_rows(folder.path / "problems.jsonl", (asdict(problem) for problem in bench.problems))
         done = {(row["id"], row["sample"]) for row in folder.rows}
@@ -165,6 +156,33 @@ def requests_of(
         for problem in benchmark.problems
         for sample in range(samples)
     ]
+
+
+def config_of(
+    benchmark: Benchmark,
+    sampling: Mapping[str, float],
+    prompt: str,
+    prompts: Mapping[str, str],
+    model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a resume must repeat: config.json of an evaluation's folder.
+
+    sampling: samples, temperature, top_p, max_tokens and seed. prompts: by problem's id, as the
+    model reads them: another chat template is another evaluation.
+    """
+    return {
+        "benchmark": {
+            "name": benchmark.name,
+            "source": benchmark.source,
+            "revision": benchmark.revision,
+            "sha256": benchmark.sha256,
+            "problems": len(benchmark.problems),
+        },
+        "sampling": dict(sampling),
+        "prompt": prompt,
+        "prompts_sha256": hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest(),
+        "model": dict(model),
+    }
 
 
 def _run(
@@ -237,13 +255,6 @@ def _perf(timings: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
 
 def _grader(pool: RewardPool | None) -> AbstractContextManager[RewardPool]:
     return RewardPool() if pool is None else nullcontext(pool)
-
-
-def _prompts_sha256(generator: Generator, requests: Sequence[SampleRequest]) -> str:
-    """Of all prompts as the model reads them: another chat template is another evaluation."""
-    messages = {request.id: request.messages for request in requests}
-    prompts = {name: generator.render(asked) for name, asked in messages.items()}
-    return hashlib.sha256(json.dumps(sorted(prompts.items())).encode()).hexdigest()
 
 
 def _check(samples: int, temperature: float, top_p: float, max_tokens: int, prompt: str) -> None:
