@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +19,14 @@ from pydantic_core import ErrorDetails
 from sse_rl import yaml12
 from sse_rl.errors import UserError
 from sse_rl.recipe import Convert, Recipe, Section
+
+
+class Difference(NamedTuple):
+    """A dotted key and what two recipes have there; None where the key is absent."""
+
+    key: str
+    a: Any
+    b: Any
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -69,9 +77,9 @@ def resolve(recipe: Recipe) -> str:
     return yaml12.write(recipe.model_dump())
 
 
-def first_difference(a: Recipe, b: Recipe) -> str | None:
-    """The dotted key at which two recipes first differ, in the schema's order; None if equal."""
-    return next(_differences(a.model_dump(), b.model_dump(), ()), None)
+def differences(a: Recipe, b: Recipe) -> Iterator[Difference]:
+    """Where two recipes differ, in the schema's order."""
+    return _differences(a.model_dump(), b.model_dump(), ())
 
 
 def describe() -> Iterator[tuple[str, str, str, str]]:
@@ -275,15 +283,15 @@ def _type_name(annotation: Any) -> str:
     return "null" if annotation is NoneType else str(annotation.__name__)
 
 
-def _differences(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[str]:
+def _differences(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[Difference]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
             if key not in a or key not in b:
-                yield ".".join((*path, key))
+                yield Difference(".".join((*path, key)), a.get(key), b.get(key))
             else:
                 yield from _differences(a[key], b[key], (*path, key))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for index, (left, right) in enumerate(zip(a, b, strict=True)):
             yield from _differences(left, right, (*path, str(index)))
     elif a != b:
-        yield ".".join(path)
+        yield Difference(".".join(path), a, b)

@@ -8,7 +8,7 @@ import pytest
 
 from sse_rl.errors import UserError
 from sse_rl.recipe import Recipe
-from sse_rl.recipe_io import describe, first_difference, load_recipe, parse_recipe, resolve
+from sse_rl.recipe_io import describe, differences, load_recipe, parse_recipe, resolve
 
 MINIMAL = """
 name: tiny
@@ -170,14 +170,17 @@ def test_an_override_outside_a_list_is_refused():
     assert "rollout.stop.1: rollout.stop is a list of 1" in message
 
 
-def test_the_first_difference_is_a_dotted_key():
+def test_a_difference_is_a_dotted_key_and_both_values():
     a = parse_recipe(MINIMAL)
-    assert first_difference(a, a) is None
-    assert first_difference(a, parse_recipe(MINIMAL, ["grpo.epsilon=0.3"])) == "grpo.epsilon"
-    assert first_difference(a, parse_recipe(MINIMAL, ["rewards.components=[{name: x}]"])) == (
-        "rewards.components.0.name"
-    )
-    assert first_difference(a, parse_recipe(MINIMAL, ["sft.max_steps=1"])) == "sft"
+
+    def first(override: str) -> tuple:
+        return next(differences(a, parse_recipe(MINIMAL, [override])))
+
+    assert list(differences(a, a)) == []
+    assert first("grpo.epsilon=0.3") == ("grpo.epsilon", 0.2, 0.3)
+    named = first("rewards.components=[{name: x}]")
+    assert named == ("rewards.components.0.name", "accuracy", "x")
+    assert first("sft.max_steps=1")[:2] == ("sft", None)
 
 
 def test_a_missing_file_is_one_message(tmp_path: Path):

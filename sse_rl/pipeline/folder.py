@@ -16,15 +16,27 @@ from sse_rl.pipeline.best import BEST, kept
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder, verify
 from sse_rl.pipeline.overlap import discard_after
 from sse_rl.recipe import Recipe
-from sse_rl.recipe_io import first_difference, load_recipe, resolve
+from sse_rl.recipe_io import Difference, differences, load_recipe, resolve
+from sse_rl.yaml12 import write
 
 RECIPE, SUMMARY, EVAL, EXPORT = "recipe.yaml", "summary.json", "eval", "export"
+RESUMABLE = (
+    "cluster.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "rollout.timeout_s",
+    "rollout.max_restarts",
+    "rewards.num_workers",
+    "grpo.max_tokens_per_micro_batch",
+)
+"""Keys, and beginnings of keys, that say how the work is done and not what is computed."""
 
 
 def check_folder(run_dir: Path, recipe: Recipe, resume: str) -> dict[str, Any] | None:
     """The summary of a finished run of the same recipe, None if there is something to do.
 
-    Raises UserError rather than touch a folder that holds another run.
+    Raises UserError rather than touch a folder that holds another run: one whose recipe differs in
+    more than what a resume may change (`changed`).
     """
     if resume not in ("auto", "never") and not resume.isdecimal():
         raise UserError(f"--resume {resume}: expected auto, never or the step of a checkpoint")
@@ -38,14 +50,34 @@ def check_folder(run_dir: Path, recipe: Recipe, resume: str) -> dict[str, Any] |
         return None
     if resume == "never":
         raise UserError(f"{run_dir}: this run exists already; change `name` or resume it")
-    difference = first_difference(load_recipe(run_dir / RECIPE), recipe)
-    if difference is not None:
-        raise UserError(
-            f"{run_dir}: holds a run of another recipe; first difference: {difference}. "
-            "Change `name`, or remove the folder"
-        )
+    before = load_recipe(run_dir / RECIPE)
+    for difference in differences(before, recipe):
+        if not _may_change(difference):
+            raise UserError(
+                f"{run_dir}: holds a run of another recipe; first difference: {_shown(difference)}."
+                " Change `name`, or remove the folder"
+            )
     summary = read_summary(run_dir)
     return summary if resume == "auto" and summary.get("status") == "finished" else None
+
+
+def changed(run_dir: Path, recipe: Recipe) -> list[str]:
+    """What `recipe` changes of the run that the folder holds, as `key = value (was value)`."""
+    if not (run_dir / RECIPE).exists():
+        return []
+    return [_shown(difference) for difference in differences(load_recipe(run_dir / RECIPE), recipe)]
+
+
+def _may_change(difference: Difference) -> bool:
+    if difference.key == "eval.num_workers":  # 0 evaluates elsewhere, and leaves what has begun
+        return bool(difference.a and difference.b)
+    return difference.key.startswith(RESUMABLE)
+
+
+def _shown(difference: Difference) -> str:
+    texts = (write(value, one_line=True) for value in (difference.b, difference.a))
+    value, before = (text if len(text) <= 60 else text[:57] + "..." for text in texts)
+    return f"{difference.key} = {value} (was {before})"
 
 
 def start_step(run_dir: Path, resume: str) -> int:

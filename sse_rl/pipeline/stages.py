@@ -33,7 +33,7 @@ from sse_rl.pipeline.evaluate import (
     eos_token_ids,
     make_pool,
 )
-from sse_rl.pipeline.folder import EVAL, EXPORT, check_folder, claim, cut_back, start_step
+from sse_rl.pipeline.folder import EVAL, EXPORT, changed, check_folder, claim, cut_back, start_step
 from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
 from sse_rl.pipeline.rewards import RewardWorker, Scorer, check_components
@@ -57,8 +57,9 @@ def run(
 ) -> dict[str, Any]:
     """Run a recipe into `runs_dir/<name>` and return the summary that is written there too.
 
-    resume: auto goes on with an unfinished run of the same recipe and returns a finished one's
-    summary; never refuses a folder that exists; a number goes on from that checkpoint.
+    resume: auto goes on with an unfinished run of the same recipe, but for `folder.RESUMABLE`, and
+    returns a finished one's summary; never refuses a folder that exists; a number goes on from that
+    checkpoint.
 
     Raises UserError for whatever is wrong with recipe, data, folder or cluster, before anything is
     written; RunError if a part of the run dies or fails; SystemExit(143) after SIGTERM, with
@@ -72,6 +73,7 @@ def run(
     job = Job.prepare(recipe, run_dir)
     if dry_run:
         return job.plan()
+    changes = changed(run_dir, recipe)
     cluster.connect(address)
     cluster.preflight(recipe)
     with (
@@ -80,6 +82,8 @@ def run(
         stop_signal() as interrupted,
     ):
         job.console, job.interrupted = console, interrupted
+        for change in changes:
+            console.say(f"resumed with {change}")
         began = time.monotonic()
 
         def ended(status: str, error: BaseException | None = None) -> dict[str, Any]:

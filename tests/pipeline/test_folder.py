@@ -1,12 +1,21 @@
 """A run's folder: nothing in it is overwritten that another run, or the same one, still needs."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from sse_rl.errors import UserError
 from sse_rl.pipeline.checkpoint import atomic_folder, saved_steps, step_folder
-from sse_rl.pipeline.folder import RECIPE, SUMMARY, check_folder, claim, cut_back, start_step
+from sse_rl.pipeline.folder import (
+    RECIPE,
+    SUMMARY,
+    changed,
+    check_folder,
+    claim,
+    cut_back,
+    start_step,
+)
 from sse_rl.recipe import Recipe
 from sse_rl.recipe_io import load_recipe
 
@@ -39,6 +48,44 @@ def test_another_recipe_is_named_by_its_first_difference(tmp_path, recipe):
     with pytest.raises(UserError, match="exists already"):
         check_folder(tmp_path / "run", recipe, "never")
     assert check_folder(tmp_path / "run", recipe, "auto") is None
+
+
+def test_a_resume_may_change_how_the_work_is_done_but_not_what(tmp_path, recipe):
+    def other(*overrides: str) -> Recipe:
+        return load_recipe(Path(__file__).parent / "tiny.yaml", overrides)
+
+    run = tmp_path / "run"
+    with claim(run, recipe):
+        pass
+    overrides = (
+        "cluster.learner_timeout_s=100",
+        "checkpoint.keep=5",
+        "checkpoint.every=1",
+        "rollout.timeout_s=5",
+        "rollout.max_restarts=0",
+        "rewards.num_workers=2",
+        "grpo.max_tokens_per_micro_batch=512",
+    )
+    assert check_folder(run, other(*overrides), "auto") is None
+    told = changed(run, other(*overrides))
+    assert len(told) == len(overrides) and changed(run, recipe) == changed(tmp_path, recipe) == []
+    assert "cluster.learner_timeout_s = 100.0 (was 1800.0)" in told
+    assert "grpo.max_tokens_per_micro_batch = 512 (was 16384)" in told
+    refused = [
+        "rollout.num_workers=2",
+        "checkpoint.best=true",
+        "rewards.time_limit_s=9",
+        "eval.num_workers=1",
+        "export.enabled=true",
+        "sft={max_steps: 1}",
+    ]
+    for override in refused:
+        key = override.partition("=")[0]
+        with pytest.raises(UserError, match=rf"first difference: {re.escape(key)} = .* \(was"):
+            check_folder(run, other("cluster.learner_timeout_s=100", override), "auto")
+    with claim(run, other("eval.num_workers=1")):
+        pass
+    assert check_folder(run, other("eval.num_workers=2"), "auto") is None
 
 
 def test_a_damaged_summary_is_named(tmp_path, recipe):

@@ -92,7 +92,8 @@ def test_a_killed_driver_resumes_to_the_same_digits(whole, tmp_path):
     wait_for(lambda: steps_done(tmp_path) >= 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finish(start(tmp_path, "--resume", "auto"))
+    output = finish(start(tmp_path, "--resume", "auto", "--set", "checkpoint.keep=3"))
+    assert "resumed with checkpoint.keep = 3 (was 2)" in output
     assert metrics(tmp_path) == metrics(whole)
     same = (whole / "tiny" / "samples.jsonl").read_text()
     assert (tmp_path / "tiny" / "samples.jsonl").read_text() == same
