@@ -28,10 +28,10 @@ from sse_rewards import score
 from sse_rl.data.problems import load_problems
 from sse_rl.data.prompts import drop_long, render
 from sse_rl.data.stream import PromptStream
-from sse_rl.data.tokenizer import named_tokenizer
+from sse_rl.data.tokenizer import end_token_ids, named_tokenizer
 from sse_rl.learner.step import Learner
 from sse_rl.model import SSEConfig, SSEForCausalLM
-from sse_rl.pipeline.evaluate import eos_token_ids, load_policy
+from sse_rl.pipeline.evaluate import load_policy
 from sse_rl.recipe import Data, Grpo, Source
 from sse_rl.rollout.engine import Engine
 from sse_rl.types import Completion, Group, Prompt, Request, SamplingParams, Trajectory
@@ -133,7 +133,7 @@ def run(
         num_pages=sequences * -(-longest // PAGE) + 1,
         page_size=PAGE,
         max_num_batched_tokens=8192,
-        eos_token_ids=eos_token_ids(task.tokenizer) if task else (0,),
+        eos_token_ids=end_token_ids(task.tokenizer) if task else (0,),
         max_model_len=longest,
         state_dtype=getattr(torch, state),
     )

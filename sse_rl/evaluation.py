@@ -20,13 +20,13 @@ from sse_eval.folder import check_config
 from sse_eval.runner import config_of, requests_of
 from sse_eval.types import Message
 
+from sse_rl.data.tokenizer import end_token_ids
 from sse_rl.errors import UserError
 from sse_rl.pipeline import cluster
 from sse_rl.pipeline.evaluate import (
     PoolGenerator,
     Prompter,
     as_user_error,
-    eos_token_ids,
     load_policy,
     make_pool,
     model_folder,
@@ -145,7 +145,7 @@ class Checkpoint:
             EngineSpec(
                 config=policy.config.to_dict(),
                 dtype=str(policy.dtype).removeprefix("torch."),
-                eos_token_ids=eos_token_ids(self.prompter.tokenizer),
+                eos_token_ids=end_token_ids(self.prompter.tokenizer),
                 max_model_len=longest,
                 rollout=rollout,
             )

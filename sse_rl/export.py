@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from sse_rl.data.tokenizer import end_token_ids
 from sse_rl.model import SSEForCausalLM
 
 _CONFIGURATION = "sse_rl.model.configuration"
@@ -27,6 +28,7 @@ def export_model(
 
     The folder loads with `trust_remote_code=True` and nothing of ours installed; it computes with
     the torch forms of the operators. It is written beside and renamed, so never half there.
+    `generate()` stops where rollouts do: at each of `end_token_ids`.
 
     Raises:
         FileExistsError: `out_dir` exists.
@@ -67,9 +69,13 @@ def _write(model: SSEForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generation = copy.deepcopy(model.generation_config)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in ("bos_token_id", "pad_token_id"):
         if getattr(generation, key) is None:
             setattr(generation, key, getattr(tokenizer, key))
+    own = generation.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    ends = list(dict.fromkeys([*end_token_ids(tokenizer), *own]))
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     generation.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())

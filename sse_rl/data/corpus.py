@@ -83,7 +83,8 @@ def _joined(rows: Sequence[Rows]) -> Rows:
 
 
 def read_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, data: Data) -> list[np.ndarray]:
-    """The documents of a corpus as token ids, each closed by the end token.
+    """The documents of a corpus as token ids, each closed by the end token; chat messages by what
+    their template closes them with.
 
     Raises:
         UserError: it cannot be read, or a row has no text; see `load_problems` and `load_texts`.

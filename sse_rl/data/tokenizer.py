@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -11,6 +12,7 @@ from sse_rl.errors import UserError
 from sse_rl.recipe import Data
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+ANSWER = "the answer"
 OPENINGS = [f"{TURN_START}{role}\n" for role in ("system", "user", "assistant")]
 
 CHAT_TEMPLATE = (
@@ -50,6 +52,27 @@ def named_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What ends an answer: the end token and, where that is another, the special token that the
+    chat template puts behind an assistant's turn, as models of Qwen, Llama 3 and Gemma learned it.
+
+    Raises:
+        UserError: there is no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("data.tokenizer: it has no eos_token, so no answer could ever end")
+    ends = [int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, ValueError):  # none, or one that takes no such conversation
+        return tuple(ends)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    behind = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False).input_ids
+    ends += [i for i in behind if i in special and i not in ends][:1]
+    return tuple(ends)
 
 
 def location(source: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ from sse_rl.data.corpus import PackedText, corpus_name, read_corpus, worked
 from sse_rl.data.problems import load_splits
 from sse_rl.data.prompts import drop_long, render
 from sse_rl.data.stream import PromptStream
+from sse_rl.data.tokenizer import end_token_ids
 from sse_rl.errors import UserError
 from sse_rl.model import SSEForCausalLM
-from sse_rl.pipeline.evaluate import eos_token_ids
 from sse_rl.recipe import Recipe
 from sse_rl.rollout.engine import Engine
 from sse_rl.types import Request, SamplingParams
@@ -96,7 +96,7 @@ def teacher_answers(
         num_pages=rollout.max_num_seqs * -(-context // rollout.page_size) + 1,
         page_size=rollout.page_size,
         max_num_batched_tokens=rollout.max_num_batched_tokens,
-        eos_token_ids=eos_token_ids(tokenizer),
+        eos_token_ids=end_token_ids(tokenizer),
         max_model_len=context,
     )
     while len(done) < options.teacher_prompts:

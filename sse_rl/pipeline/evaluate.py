@@ -180,13 +180,6 @@ def load_policy(folder: Path, dtype: torch.dtype | None = None) -> SSEForCausalL
         raise UserError(f"{folder}: no model can be loaded from there: {error}") from None
 
 
-def eos_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer. Raises UserError if the tokenizer has no end token."""
-    if tokenizer.eos_token_id is None:
-        raise UserError("data.tokenizer: it has no eos_token, so no answer could ever end")
-    return (int(tokenizer.eos_token_id),)
-
-
 def as_user_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call, and turn the ways in which sse_eval refuses bad input into UserError."""
     try:

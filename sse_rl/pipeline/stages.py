@@ -19,7 +19,7 @@ import ray
 from sse_rl.data.problems import load_splits
 from sse_rl.data.prompts import drop_long, refuse_long, render
 from sse_rl.data.stream import PromptStream
-from sse_rl.data.tokenizer import load_tokenizer
+from sse_rl.data.tokenizer import end_token_ids, load_tokenizer
 from sse_rl.errors import Interrupted, UserError
 from sse_rl.pipeline import cluster, difficulty
 from sse_rl.pipeline.benchmarks import RunBenchmark, answer_tokens, run_benchmarks
@@ -30,7 +30,6 @@ from sse_rl.pipeline.evaluate import (
     PoolGenerator,
     Prompter,
     as_user_error,
-    eos_token_ids,
     make_pool,
 )
 from sse_rl.pipeline.folder import EVAL, EXPORT, changed, check_folder, claim, cut_back, start_step
@@ -401,7 +400,7 @@ class Job:
         spec = EngineSpec(
             config=config,
             dtype=recipe.model.dtype,
-            eos_token_ids=eos_token_ids(self.tokenizer),
+            eos_token_ids=end_token_ids(self.tokenizer),
             max_model_len=self.max_model_len,
             rollout=recipe.rollout.model_copy(update={"num_workers": num_workers}),
             tokenizer=self.tokenizer if recipe.rollout.stop else None,

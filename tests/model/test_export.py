@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sse_rl.data.tokenizer import PAD, byte_tokenizer, end_token_ids
 from sse_rl.export import export_model, remote_code
 from sse_rl.model import SSEForCausalLM
 
@@ -67,6 +68,16 @@ def test_plain_transformers_loads_an_export(tiny_config, tokenizer, tmp_path):
         assert torch.equal(result["generated"], own)
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation["eos_token_id"] == 1
+
+
+def test_an_export_stops_where_rollouts_do(gla_model, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = PAD
+    gla_model.generation_config.eos_token_id = 7
+    folder = export_model(gla_model, tokenizer, tmp_path / "export")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [*end_token_ids(tokenizer), 7]
+    assert len(end_token_ids(tokenizer)) == 2
 
 
 def test_an_existing_folder_is_refused_and_left_alone(gla_model, tokenizer, tmp_path):
