@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sse_rl.errors import RunError, UserError
+from sse_rl.errors import Interrupted, RunError, UserError
 
 app = typer.Typer(
     name="sse-rl",
@@ -166,9 +166,13 @@ def evaluate(
         _print_json([plan._asdict() for plan in evaluation.plans()])
         return
     with RunConsole("eval") as console:
-        summaries = evaluation.run(
-            lambda name, done, wanted: console.stage(f"eval {name}", f"{done}/{wanted}")
-        )
+        try:
+            summaries = evaluation.run(
+                lambda name, done, wanted: console.stage(f"eval {name}", f"{done}/{wanted}")
+            )
+        except (Interrupted, SystemExit):  # the latter from `_terminate`, where Ray is not started
+            console.say(f"stopped; answers are kept, the same command goes on ({evaluation.root})")
+            raise SystemExit(143) from None
     for plan in evaluation.plans():
         _write_logs(Path(plan.out), logs)
     _show_scores(summaries, fail_under)

@@ -31,8 +31,9 @@ from sse_rl.pipeline.evaluate import (
     make_pool,
     model_folder,
 )
+from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.weights import pack
-from sse_rl.recipe import Rollout
+from sse_rl.recipe import Cluster, Rollout
 from sse_rl.rollout.worker import EngineSpec
 
 WEIGHTS = frozenset({"model.weights_crc32"})
@@ -92,6 +93,8 @@ class Checkpoint:
     chat_template: bool = True
     dtype: str = "auto"
     """What the engines compute in: float32, bfloat16 or float16; auto is the checkpoint's own."""
+    placement_timeout_s: float = Cluster().placement_timeout_s
+    """How long others may use what the engines need."""
 
     @cached_property
     def name(self) -> str:
@@ -134,31 +137,44 @@ class Checkpoint:
 
     @contextmanager
     def open(self, longest: int) -> Iterator[Opened]:
-        """Engines with room for `longest` tokens of prompt and answer."""
+        """Engines with room for `longest` tokens of prompt and answer.
+
+        Raises UserError if the cluster has no room for them; SIGTERM and Ctrl-C raise Interrupted.
+        """
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         policy = load_policy(self.folder, dtype)
         index, buffer = pack(policy.state_dict(), version=0)
         crc = zlib.crc32(memoryview(buffer))  # pyright: ignore[reportArgumentType]
         cluster.connect(self.address)
         rollout = rollout_of(self.workers, self.max_num_seqs)
-        pool = make_pool(
-            EngineSpec(
-                config=policy.config.to_dict(),
-                dtype=str(policy.dtype).removeprefix("torch."),
-                eos_token_ids=end_token_ids(self.prompter.tokenizer),
-                max_model_len=longest,
-                rollout=rollout,
+        with stop_signal() as interrupted:
+            cluster.await_room(
+                {
+                    "CPU": rollout.num_workers * rollout.num_cpus_per_worker,
+                    "GPU": rollout.num_workers * rollout.num_gpus_per_worker,
+                },
+                self.placement_timeout_s,
+                f"--workers {rollout.num_workers}",
+                interrupted=interrupted,
             )
-        )
-        try:
-            pool.set_weights(index, ray.put(buffer))
-            yield Opened(
-                PoolGenerator(pool, self.prompter, self.context),
-                self.identity | {"weights_crc32": f"{crc:08x}"},
-                round(rollout.num_workers * rollout.num_gpus_per_worker),
+            pool = make_pool(
+                EngineSpec(
+                    config=policy.config.to_dict(),
+                    dtype=str(policy.dtype).removeprefix("torch."),
+                    eos_token_ids=end_token_ids(self.prompter.tokenizer),
+                    max_model_len=longest,
+                    rollout=rollout,
+                )
             )
-        finally:
-            pool.close()
+            try:
+                pool.set_weights(index, ray.put(buffer))
+                yield Opened(
+                    PoolGenerator(pool, self.prompter, self.context, interrupted),
+                    self.identity | {"weights_crc32": f"{crc:08x}"},
+                    round(rollout.num_workers * rollout.num_gpus_per_worker),
+                )
+            finally:
+                pool.close()
 
 
 @dataclass(frozen=True)
@@ -244,7 +260,8 @@ class Evaluation:
     def run(self, progress: Callable[[str, int, int], None]) -> dict[str, Summary]:
         """Ask, grade, write; resumes where it stopped. progress: (benchmark, finished, wanted).
 
-        Raises UserError as `plans` does, before anything is started or written.
+        Raises UserError as `plans` does, before anything is started or written; Interrupted after
+        SIGTERM or Ctrl-C, with every finished answer in its folder.
         """
         prompts = [plan.longest_prompt or 1 for plan in self.plans()]
         with self.target.open(max(prompts) + self.protocol.max_tokens) as model:
@@ -280,8 +297,13 @@ class Evaluation:
             progress=lambda done, wanted, _: progress(bench.name, done, wanted),
         )
 
+    @property
+    def root(self) -> Path:
+        """The folder of all benchmarks' folders."""
+        return self.out or Path("evals") / self.target.name
+
     def _folder(self, bench: Benchmark) -> Path:
-        return (self.out or Path("evals") / self.target.name) / bench.name
+        return self.root / bench.name
 
     def _sampling(self, bench: Benchmark) -> dict[str, Any]:
         protocol = self.protocol

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +109,22 @@ def test_a_served_model_is_measured_logged_regraded_and_compared(call, url, sums
 
     code, shown, _ = call("compare", out, out / "sums", "--max-drop", "0")
     assert code == 0 and "+0.0 points" in shown
+
+
+def test_sigterm_while_a_server_answers_is_exit_143_and_told(
+    call, url, sums, tmp_path, monkeypatch
+):
+    def told_to_stop(self: Answers) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Answers, "do_POST", told_to_stop)
+    former = signal.getsignal(signal.SIGTERM)
+    asked = ("--benchmark", sums, "--samples", 1, "--max-tokens", 64, "--out", tmp_path / "evals")
+    try:
+        code, shown, _ = call("eval", "--endpoint", url, *asked, "--workers", 1)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert code == 143 and f"the same command goes on ({tmp_path / 'evals'})" in shown
 
 
 def test_the_prompt_is_chosen_and_recorded(call, url, sums, tmp_path):

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,13 +86,30 @@ def preflight(recipe: Recipe) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(n.get("CPU", 0) >= cpus and n.get("GPU", 0) >= gpus for n in nodes):
             raise UserError(f"{key}: no single node has {cpus:g} CPUs and {gpus:g} GPUs")
-    deadline = time.monotonic() + cluster.placement_timeout_s
+    await_room(wanted, cluster.placement_timeout_s, "the recipe", key="cluster.placement_timeout_s")
+
+
+def await_room(
+    wanted: dict[str, float],
+    timeout_s: float,
+    who: str,
+    *,
+    key: str = "",
+    interrupted: Callable[[], None] = lambda: None,
+) -> None:
+    """Wait until the cluster has `wanted` free.
+
+    Raises UserError after `timeout_s`: it says `who` asks, and which `key` sets the limit, if one
+    does. What `interrupted` raises passes through.
+    """
+    deadline = time.monotonic() + timeout_s
     while lacking := _lacking(wanted):
+        interrupted()
         if time.monotonic() > deadline:
+            limit = f"{key} = {timeout_s:g} s" if key else f"{timeout_s:g} s"
             raise UserError(
-                f"the recipe asks for {lacking} of the cluster for "
-                f"cluster.placement_timeout_s = {cluster.placement_timeout_s:g} s: others use the "
-                "rest; end them or ask for less"
+                f"{who} asks for {lacking} on the cluster for {limit}: others use the rest; end "
+                "them or ask for less"
             )
         time.sleep(POLL_S)
 

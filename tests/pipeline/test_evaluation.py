@@ -11,9 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 
 from sse_rl.data.tokenizer import byte_tokenizer
+from sse_rl.errors import UserError
+from sse_rl.evaluation import Checkpoint
 from sse_rl.export import export_model
 from sse_rl.model import SSEConfig, SSEForCausalLM
 
@@ -98,6 +101,36 @@ def test_killed_three_times_with_9_it_resumes_to_the_same_bytes(model, benchmark
     assert rows(tmp_path) < PROBLEMS * SAMPLES
     finish(start(model, benchmark, tmp_path))
     assert (tmp_path / "sums" / "results.jsonl").read_bytes() == whole
+
+
+def test_sigterm_keeps_the_answers_and_the_same_command_goes_on(model, benchmark, whole, tmp_path):
+    process = start(model, benchmark, tmp_path)
+    wait_for_rows(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert f"the same command goes on ({tmp_path})" in output
+    assert 3 <= rows(tmp_path) < PROBLEMS * SAMPLES
+    finish(start(model, benchmark, tmp_path))
+    assert (tmp_path / "sums" / "results.jsonl").read_bytes() == whole
+
+
+def test_a_cluster_that_others_use_is_waited_for_with_a_limit(model):
+    @ray.remote(num_cpus=1)
+    class Other:
+        def ready(self) -> None:
+            pass
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        other = Other.remote()
+        ray.get(other.ready.remote())
+        busy = Checkpoint(str(model), placement_timeout_s=0.5)
+        message = "--workers 1 asks for 1 CPUs but 0 were free on the cluster for 0.5 s"
+        with pytest.raises(UserError, match=message), busy.open(64):
+            pass
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.long
