@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -104,7 +103,6 @@ class Checkpoint:
 
     @cached_property
     def folder(self) -> Path:
-        _refuse_softmax(Path(self.model))
         return model_folder(self.model)
 
     @property
@@ -340,21 +338,6 @@ def rollout_of(workers: int | None, max_num_seqs: int) -> Rollout:
         num_threads=threads,
         max_num_seqs=max_num_seqs,
     )
-
-
-def _refuse_softmax(folder: Path) -> None:
-    """Raises UserError for a Transformer that could be converted; `model_folder` tells the rest."""
-    from sse_rl.model.convert import FAMILIES
-
-    try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if kind in FAMILIES:
-        raise UserError(
-            f"{folder}: model_type {kind!r} is not an SSE-H model; one that computes the same is "
-            f"written by: sse-rl convert {folder} FOLDER --attention-layers all"
-        )
 
 
 def evaluations_in(path: Path) -> dict[str, Path]:

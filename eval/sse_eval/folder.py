@@ -228,9 +228,8 @@ def _lock(descriptor: int, path: Path) -> None:
 
 def _settle_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write the configuration of a folder without results, or hold a resumed one to its own."""
-    wanted = json.loads(json.dumps(config))
-    if not check_config(folder, wanted):
-        replace(folder / "config.json", json.dumps(wanted, indent=1).encode() + b"\n")
+    if not check_config(folder, config):
+        replace(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:

@@ -130,7 +130,8 @@ def _pretrained(name: str, key: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         if "gguf_file" in place:
-            _name_special_tokens(tokenizer, Path(*place.values()))
+            file = Path(place["pretrained_model_name_or_path"]) / place["gguf_file"]
+            _name_special_tokens(tokenizer, file)
         return tokenizer
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())

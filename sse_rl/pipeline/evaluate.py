@@ -152,6 +152,8 @@ def make_pool(spec: EngineSpec) -> RolloutPool:
 def model_folder(path: str) -> Path:
     """The folder with config.json: `path` itself, a run's export or newest checkpoint, or a
     checkpoint's model. Raises UserError naming `path` if there is none."""
+    from sse_rl.model.convert import FAMILIES
+
     root = Path(path)
     steps = saved_steps(root)
     candidates = [root, root / "model", root / "export"]
@@ -162,9 +164,14 @@ def model_folder(path: str) -> Path:
                 model_type = json.loads((folder / "config.json").read_text()).get("model_type")
             except (ValueError, AttributeError) as error:
                 raise UserError(f"{folder / 'config.json'}: damaged ({error})") from None
-            if model_type != "sse":
-                raise UserError(f"{folder}: model_type {model_type!r} is not an SSE-H model")
-            return folder
+            if model_type == "sse":
+                return folder
+            remedy = f"sse-rl convert {folder} FOLDER --attention-layers all"
+            remedy = f"; one that computes the same is written by: {remedy}"
+            raise UserError(
+                f"{folder}: model_type {model_type!r} is not an SSE-H model"
+                f"{remedy if model_type in FAMILIES else ''}"
+            )
     raise UserError(f"{path}: no model there (looked for config.json in it, model/ and export/)")
 
 

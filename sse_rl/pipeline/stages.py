@@ -87,8 +87,15 @@ def run(
 
         def ended(status: str, error: BaseException | None = None) -> dict[str, Any]:
             seconds = time.monotonic() - began
-            told = recipe, run_dir, status
-            return summarize(*told, start=start, seconds=seconds, stages=job.spent, error=error)
+            return summarize(
+                recipe,
+                run_dir,
+                status,
+                start=start,
+                seconds=seconds,
+                stages=job.spent,
+                error=error,
+            )
 
         try:
             with job.actors:

@@ -15,32 +15,22 @@ from sse_rl.model import SSEForCausalLM
 from sse_rl.pipeline.conversion import convert_checkpoint
 from sse_rl.pipeline.initial import context_length, initialise, run_distill
 from sse_rl.recipe import Recipe
-from sse_rl.recipe_io import parse_recipe
+from sse_rl.recipe_io import load_recipe, parse_recipe
 
 TOKENIZER = byte_tokenizer()
 
+CONVERSION = Path(__file__).parent / "conversion.yaml"
+OWN = [
+    "distill.per_device_train_batch_size=1",
+    "distill.teacher_prompts=3",
+    "distill.max_completion_length=6",
+    "rollout.max_num_seqs=4",
+]
+
 
 def recipe(source: str, *overrides: str) -> Recipe:
-    text = f"""
-name: tiny
-model: {{convert: {{source: {source}, attention_layers: [1]}}}}
-data:
-  tokenizer: {source}
-  prompt_template: "{{expression}}"
-  max_prompt_length: 64
-  train: {{task: chain_sum, task_args: {{min_terms: 2, max_terms: 2}}, size: 60}}
-distill:
-  align_steps: 1
-  max_steps: 1
-  per_device_train_batch_size: 1
-  max_length: 48
-  eval_tokens: 96
-  teacher_prompts: 3
-  max_completion_length: 6
-rollout: {{max_num_seqs: 4}}
-cluster: {{learner_threads: 1}}
-"""
-    return parse_recipe(text, overrides)
+    named = [f"model.convert.source={source}", f"data.tokenizer={source}"]
+    return load_recipe(CONVERSION, [*named, *OWN, *overrides])
 
 
 def larger() -> PreTrainedTokenizerBase:

@@ -13,24 +13,15 @@ from sse_rl.pipeline import texts
 from sse_rl.pipeline.initial import initialise, run_distill
 from sse_rl.pipeline.stages import Job
 from sse_rl.recipe import Recipe
-from sse_rl.recipe_io import check_files, parse_recipe
+from sse_rl.recipe_io import check_files, load_recipe, parse_recipe
+
+CONVERSION = Path(__file__).parent / "conversion.yaml"
+OWN = ["sft={max_steps: 1, max_length: 96}", "eval.max_tokens=8"]
 
 
 def recipe(source: str, *overrides: str) -> Recipe:
-    text = f"""
-name: tiny
-model: {{convert: {{source: {source}, attention_layers: [1]}}}}
-data:
-  tokenizer: {source}
-  prompt_template: "{{expression}}"
-  max_prompt_length: 64
-  train: {{task: chain_sum, task_args: {{min_terms: 2, max_terms: 2}}, size: 60}}
-distill: {{align_steps: 1, max_steps: 1, max_length: 48, eval_tokens: 96}}
-sft: {{max_steps: 1, max_length: 96}}
-eval: {{max_tokens: 8}}
-cluster: {{learner_threads: 1}}
-"""
-    return parse_recipe(text, overrides)
+    named = [f"model.convert.source={source}", f"data.tokenizer={source}"]
+    return load_recipe(CONVERSION, [*named, *OWN, *overrides])
 
 
 @pytest.fixture
