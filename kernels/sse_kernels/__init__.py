@@ -23,11 +23,13 @@ from .layer_inputs import InputWeights, LayerInputs
 from .layer_step import sse_gdn_layer_step, sse_gla_layer_step
 from .norm import gated_rms_norm
 from .routing import Routing, route
+from .rows import Selection, select_rows, take_rows
 
 __all__ = [
     "InputWeights",
     "LayerInputs",
     "Routing",
+    "Selection",
     "add_rms_norm",
     "causal_conv",
     "causal_conv_step",
@@ -50,6 +52,7 @@ __all__ = [
     "rotate",
     "rotate_into_pages",
     "route",
+    "select_rows",
     "silu_mul",
     "sse_gdn",
     "sse_gdn_layer",
@@ -59,4 +62,5 @@ __all__ = [
     "sse_gla_layer",
     "sse_gla_layer_step",
     "sse_gla_step",
+    "take_rows",
 ]

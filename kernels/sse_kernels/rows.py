@@ -1,14 +1,48 @@
-"""Moving rows to distinct places and back: each is the other's backward.
+"""Rows from one place to another.
 
-torch's own backward of `index_select` must reckon with repeated places, and is slow on CPU.
+torch's own gradient of taking rows must reckon with repeated ones: it is slow on CPU, and on CUDA
+sorts the places anew in every layer. `scatter_rows` and `gather_rows` are for distinct places, each
+the other's backward; `take_rows` knows beforehand where a row went.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """Rows to take out of m, and where each of the m goes."""
+
+    index: Tensor
+    """[n] int64; a row may be taken more than once, or never."""
+    copies: Tensor
+    """[n] int64, places of `index`, sorted by the row that stands there."""
+    bounds: Tensor
+    """[m+1] int64: row i stands at copies[bounds[i]:bounds[i+1]]."""
+
+
+def select_rows(index: Tensor, rows: int) -> Selection:
+    """The selection of `index` [n] out of so many rows."""
+    found, copies = index.sort(stable=True)
+    bounds = torch.searchsorted(found, torch.arange(rows + 1, device=index.device))
+    return Selection(index, copies, bounds)
+
+
+def take_rows(x: Tensor, selection: Selection) -> Tensor:
+    """x [m, *D] -> x[index] [n, *D]; a row's gradient is the sum of its copies', in their order."""
+    if not x.is_cuda:
+        return x.index_select(0, selection.index)
+    if x.dtype != torch.float64:
+        try:
+            from .triton_rows import triton_take_rows
+
+            return triton_take_rows(x, *selection)
+        except ImportError:
+            pass
+    return x[selection.index]
 
 
 def scatter_rows(x: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:

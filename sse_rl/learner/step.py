@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sse_kernels import select_rows, take_rows
 from torch import Tensor, nn
 
 from sse_rl.learner.correction import correction_weights
@@ -18,7 +19,7 @@ from sse_rl.learner.rescore import rescore
 from sse_rl.learner.routing import balance_loss, flips, partition_shares
 from sse_rl.learner.samples import weigh
 from sse_rl.model.cache import PackedInputs
-from sse_rl.model.fork import fork_inputs, take
+from sse_rl.model.fork import fork_inputs
 from sse_rl.model.modeling import PackedOutput, SSEForCausalLM
 from sse_rl.recipe import Grpo
 from sse_rl.types import Group, PackedBatch
@@ -219,7 +220,7 @@ class Learner:
     def _logprobs(
         self, model: SSEForCausalLM, out: PackedOutput, row: _Row
     ) -> tuple[Tensor, Tensor]:
-        hidden = take(out.hidden, row.predicting)
+        hidden = take_rows(out.hidden, row.predicting)
         return model.logprobs(hidden, row.targets, temperature=self.grpo.temperature)
 
 
@@ -257,7 +258,7 @@ class _Row:
         sequence = batch.sequence
         self.input_ids = load(batch.input_ids)
         self.routing = load(batch.routing)
-        self.predicting = load(batch.predicting)
+        self.predicting = select_rows(load(batch.predicting), len(batch.input_ids))
         self.readers = None if batch.readers is None else load(batch.readers)
         self.targets = load(batch.targets)
         self.lengths = load(batch.lengths)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from sse_kernels import paged_attention, rotate, rotate_into_pages
+from sse_kernels import paged_attention, rotate, rotate_into_pages, take_rows
 from sse_kernels.attention.op import triton_serves
 from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs, SlotCache
 from sse_rl.model.configuration import SSEConfig
-from sse_rl.model.fork import take
 from sse_rl.model.joined import products
 
 _TILE = 64
@@ -61,8 +60,8 @@ class SoftmaxAttention(nn.Module):
             o = self._attend(q, k, v, seqs)
         else:
             behind = seqs.fork.whole
-            q, k, v = (take(x, behind.rows) for x in (q, k, v))
-            o = self._attend(q, k, v, behind.inputs)[behind.places]
+            q, k, v = (take_rows(x, behind.rows) for x in (q, k, v))
+            o = take_rows(self._attend(q, k, v, behind.inputs), behind.places)
         return self.o_proj(o.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seqs: PackedInputs) -> Tensor:

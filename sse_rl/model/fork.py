@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from sse_kernels import Selection, select_rows
 
 from sse_rl.model.cache import PackedInputs, packed_inputs
 
@@ -21,12 +21,12 @@ from sse_rl.model.cache import PackedInputs, packed_inputs
 class Unfolded:
     """A row in which answers stand behind their prompts, of tokens of a row where they do not."""
 
-    rows: Tensor
-    """[U] int64, the token at each place."""
+    rows: Selection
+    """Of the T tokens, the one at each of the U places."""
     inputs: PackedInputs
     """Of that row."""
-    places: Tensor
-    """[T] int64, where each token's value stands."""
+    places: Selection
+    """Of the U places, the one where each token's value stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,12 @@ class Fork:
     """How many pieces are prompts."""
     prompt_tokens: int
     """And how many tokens."""
-    parent: Tensor
-    """[A] int64, which prompt each answer continues."""
+    parent: Selection
+    """Of the prompts, the one that each answer continues."""
     whole: Unfolded
     """Answers behind their whole prompts."""
     window: Unfolded
     """Answers behind the last tokens of their prompts, as many as the convolution looks back."""
-
-
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], rows taken more than once; their gradients are added in one order. On CUDA that is
-    indexing's way and not index_select's, on a CPU the other way round."""
-    return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
 def fork_inputs(
@@ -64,8 +58,8 @@ def fork_inputs(
     look_back: tokens before its own that the convolution reads, W - 1.
     """
 
-    def load(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    def select(array: np.ndarray, rows: int) -> Selection:
+        return select_rows(torch.from_numpy(array).to(device), rows)
 
     ends = np.cumsum([*prompts, *answers])
 
@@ -84,15 +78,15 @@ def fork_inputs(
         ]
         rows = [part for pair in zip(before, pieces, strict=True) for part in pair]
         return Unfolded(
-            rows=load(np.concatenate(rows)),
+            rows=select(np.concatenate(rows), ends[-1]),
             inputs=packed_inputs(sizes, device=device),
-            places=load(np.concatenate(places)),
+            places=select(np.concatenate(places), starts[-1]),
         )
 
     return Fork(
         len(prompts),
         sum(prompts),
-        load(np.array(parent, np.int64)),
+        select(np.array(parent, np.int64), len(prompts)),
         unfold(max(prompts)),
         unfold(look_back),
     )

@@ -17,12 +17,13 @@ from sse_kernels import (
     sse_gdn_layer_step,
     sse_gla_layer,
     sse_gla_layer_step,
+    take_rows,
 )
 from torch import Tensor, nn
 
 from sse_rl.model.cache import PackedInputs
 from sse_rl.model.configuration import SSEConfig
-from sse_rl.model.fork import Fork, take
+from sse_rl.model.fork import Fork
 from sse_rl.model.joined import product
 from sse_rl.model.projections import can_fuse, fused_inputs, reading_layers
 
@@ -115,8 +116,9 @@ class SSEMixer(nn.Module):
     def _convolve(self, x: Tensor, weight: Tensor, seqs: PackedInputs, stream: int) -> Tensor:
         if seqs.fork is not None:
             behind = seqs.fork.window
-            rows = take(x, behind.rows)
-            return causal_conv(rows, weight, cu_seqlens=behind.inputs.cu_seqlens)[0][behind.places]
+            rows = take_rows(x, behind.rows)
+            y, _ = causal_conv(rows, weight, cu_seqlens=behind.inputs.cu_seqlens)
+            return take_rows(y, behind.places)
         if seqs.cache is None:
             return causal_conv(x, weight, cu_seqlens=seqs.cu_seqlens)[0]
         assert seqs.slots is not None
@@ -185,10 +187,10 @@ class SSEMixer(nn.Module):
         bounds = cu_seqlens[: fork.prompts + 1], cu_seqlens[fork.prompts :] - fork.prompt_tokens
         first, others = _split((inputs, routing), fork.prompt_tokens)
         y, final = self._recur(first[0], first[1], bounds[0], output_final=True)
-        if not len(fork.parent):
+        if not len(fork.parent.index):
             return y
         assert final is not None
-        more, _ = self._recur(others[0], others[1], bounds[1], take(final, fork.parent))
+        more, _ = self._recur(others[0], others[1], bounds[1], take_rows(final, fork.parent))
         return torch.cat([y, more])
 
     def _recur(
