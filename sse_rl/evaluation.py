@@ -30,6 +30,7 @@ from sse_rl.pipeline.evaluate import (
     make_pool,
     model_folder,
 )
+from sse_rl.pipeline.folder import RECIPE
 from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.weights import pack
 from sse_rl.recipe import Cluster, Rollout
@@ -97,8 +98,12 @@ class Checkpoint:
 
     @cached_property
     def name(self) -> str:
-        """The folder's, after its run's where it is called export or model."""
+        """The folder's, behind its run's within a run: `mine-export`, `mine-step-40`."""
         path = Path(self.model).resolve()
+        run = next((folder for folder in path.parents[:3] if (folder / RECIPE).is_file()), None)
+        if run is not None:
+            within = path.relative_to(run).parts
+            return "-".join([run.name, *(x for x in within if x not in ("checkpoints", "model"))])
         return f"{path.parent.name}-{path.name}" if path.name in ("export", "model") else path.name
 
     @cached_property

@@ -115,6 +115,24 @@ def test_sigterm_keeps_the_answers_and_the_same_command_goes_on(model, benchmark
     assert (tmp_path / "sums" / "results.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("runs/a", "a"),
+        ("runs/a/export", "a-export"),
+        ("runs/a/best/model", "a-best"),
+        ("runs/a/checkpoints/step-4", "a-step-4"),
+        ("runs/a/checkpoints/step-4/model", "a-step-4"),
+        ("other/model", "other-model"),
+        ("other", "other"),
+    ],
+)
+def test_models_of_two_runs_have_folders_of_their_own(model, name, tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "recipe.yaml").touch()
+    assert Checkpoint(str(tmp_path / model)).name == name
+
+
 def test_a_cluster_that_others_use_is_waited_for_with_a_limit(model):
     @ray.remote(num_cpus=1)
     class Other:
