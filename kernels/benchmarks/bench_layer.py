@@ -104,7 +104,7 @@ def unfused() -> Iterator[None]:
     with (
         mock.patch("sse_rl.model.mixer.can_fuse", return_value=False),
         mock.patch("sse_kernels.layer_step._launch", return_value=None),
-        mock.patch("sse_kernels.elementwise._can_launch", return_value=False),
+        mock.patch("sse_kernels.elementwise.can_launch", return_value=False),
     ):
         yield
 

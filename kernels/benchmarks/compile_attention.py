@@ -22,12 +22,13 @@ KERNELS = {
     "prefill": triton_paged.paged_attention_kernel,
     "join": triton_paged.join_parts_kernel,
     "rotate": triton_rotate.rotate_kernel,
+    "rotate_rows": triton_rotate.rotate_rows_kernel,
 }
 _TYPES = {
     "scale": "fp32", "T": "i32", "B": "i32", "P": "i32", "parts": "i32", "room": "i32",
     "stride": "i32", "q_row": "i32", "k_row": "i32", "v_row": "i32",
     "part": "*fp32", "norm": "*fp32", "frequency": "*fp32",
-    "block_table": "*i64", "context_lens": "*i64", "cu_seqlens": "*i64",
+    "block_table": "*i64", "context_lens": "*i64", "positions": "*i64", "cu_seqlens": "*i64",
 }  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def compile_kernel(
         "D": width, "DP": width, "HALF": half, "HALFP": half, "PAGE": 64, "BQ": queries,
         "BM": tile.rows, "BN": min(tile.keys, 64), "NP": 8, "SPAN": 512, "BS": 16, "WINDOW": 0,
         "SPLIT": 0 if name == "prefill" else 512, "SEVERAL": decode, "PRECISION": "tf32",
+        "SIGN": -1,
     }  # fmt: skip
     if decode:
         constants["cu_seqlens"] = None
@@ -56,7 +58,7 @@ def compile_kernel(
             constexprs[(i,)] = constants[argument]
         elif signature[argument].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    few = name in ("join", "rotate")
+    few = name in ("join", "rotate", "rotate_rows")
     options = {"num_warps": 4, "num_stages": 1} if few else {
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip

@@ -18,11 +18,11 @@ def silu_mul(x: Tensor) -> Tensor:
     op = "silu_mul"
     expect_float(op, "x", x)
     expect(x.dim() == 2 and x.shape[1] % 2 == 0, op, "x", "shape [T, 2W]", list(x.shape))
-    if _has_kernels(x):
+    if has_kernels(x):
         try:
             from .triton_elementwise import differentiable_silu_mul, triton_silu_mul
 
-            return triton_silu_mul(x) if _can_launch(x) else differentiable_silu_mul(x)
+            return triton_silu_mul(x) if can_launch(x) else differentiable_silu_mul(x)
         except ImportError:
             pass
     a, b = x.chunk(2, -1)
@@ -38,7 +38,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     expect_tensor(op, "weight", weight, "[d]", (x.shape[1],), x.device)
     for name, tensor in (("y", y), ("weight", weight)):
         expect(tensor.dtype == x.dtype, op, name, f"{x.dtype} as x", tensor.dtype)
-    if _can_launch(x, y, weight):
+    if can_launch(x, y, weight):
         try:
             from .triton_elementwise import triton_add_rms_norm
 
@@ -49,11 +49,11 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, *, eps: float) -> tuple[T
     return total, F.rms_norm(total, weight.shape, weight, eps)
 
 
-def _can_launch(*inputs: Tensor) -> bool:
+def can_launch(*inputs: Tensor) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return False
-    return _has_kernels(*inputs)
+    return has_kernels(*inputs)
 
 
-def _has_kernels(*inputs: Tensor) -> bool:
+def has_kernels(*inputs: Tensor) -> bool:
     return all(x.is_cuda and x.dtype != torch.float64 for x in inputs)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from sse_kernels import add_rms_norm, silu_mul
-from sse_kernels.elementwise import _can_launch
+from sse_kernels.elementwise import can_launch
 from sse_kernels.triton_elementwise import (
     differentiable_silu_mul,
     triton_add_rms_norm,
@@ -69,8 +69,8 @@ def test_a_wrong_argument_is_named():
 def test_no_kernel_runs_where_any_input_wants_a_gradient():
     with FakeTensorMode():
         x, weight = torch.empty(2, 4, device="cuda"), torch.empty(4, device="cuda")
-        assert _can_launch(x, x, weight)
+        assert can_launch(x, x, weight)
         weight.requires_grad_()
-        assert not _can_launch(x, x, weight)
+        assert not can_launch(x, x, weight)
         with torch.no_grad():
-            assert _can_launch(x, x, weight)
+            assert can_launch(x, x, weight)
