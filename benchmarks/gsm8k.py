@@ -178,10 +178,11 @@ def settings_tried(results: list[dict[str, Any]]) -> str:
         others = {k: v for k, v in own.items() if k != "name" and settings[0].get(k) != v}
         gain = result["gain"].get("heldout", {})
         entropy = [row["entropy"] for row in result["steps"] if "entropy" in row]
+        status = result["summary"].get("status", "unfinished")
         rows.append([
             result["name"],
             ", ".join(f"`{k}: {v}`" for k, v in others.items() if v is not None) or "as it is",
-            str(result["summary"].get("steps", 0)),
+            f"{result['summary'].get('steps', 0)}{', ' + status if status != 'finished' else ''}",
             f"{_percent(gain.get('before'))} → {_percent(gain.get('after'))}",
             f"{100 * gain['difference']:+.1f}" if gain else "",
             f"{entropy[0]:.2f} → {entropy[-1]:.2f}" if entropy else "",
