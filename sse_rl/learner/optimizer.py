@@ -1,5 +1,8 @@
 """AdamW with a schedule, a clipped gradient and a guard against numbers that are not finite."""
 
+# pyright: reportPrivateImportUsage=false
+# torch's foreach functions are called so.
+
 from __future__ import annotations
 
 import warnings
@@ -13,6 +16,8 @@ from sse_rl.recipe import Grpo
 
 MAX_NONFINITE = 5
 """Updates in a row that may be skipped before the run is given up."""
+_GATHERED = 64
+"""Gradients that wait for each other: more take more memory, fewer take more launches."""
 
 
 class Update(NamedTuple):
@@ -33,7 +38,9 @@ class Optimizer:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise ValueError("no parameter of the model requires a gradient")
-        self._masters = [_master(p) for p in self._parameters]
+        self._waiting: dict[nn.Parameter, Tensor] = {}
+        """Gradients on their way to float32 copies."""
+        self._masters = [self._master(p) for p in self._parameters]
         # norms, biases and decay rates are vectors
         matrices = [m for m in self._masters if m.ndim >= 2]
         vectors = [m for m in self._masters if m.ndim < 2]
@@ -67,6 +74,7 @@ class Optimizer:
         A `loss` or a gradient that is not finite leaves weights and moments as they are. Raises
         FloatingPointError the fifth time in a row.
         """
+        self._gather()
         norm = nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
         finite, grad_norm = torch.stack([(loss + norm).isfinite().to(norm), norm]).tolist()
         if finite:
@@ -108,29 +116,44 @@ class Optimizer:
             master.copy_(saved)
         self._skipped = state["skipped"]
 
+    def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.dtype not in (torch.bfloat16, torch.float16):
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
+
+        def wait(source: Tensor) -> None:
+            assert source.grad is not None
+            if master in self._waiting or len(self._waiting) == _GATHERED:
+                self._gather()
+            self._waiting[master], source.grad = source.grad, None
+
+        parameter.register_post_accumulate_grad_hook(wait)
+        return master
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Add the gradients that wait to those of their copies: few launches for all of them."""
+        if not self._waiting:
+            return
+        grads = [torch.empty_like(master) for master in self._waiting]
+        torch._foreach_copy_(grads, list(self._waiting.values()))
+        sums, added = [], []
+        for master, grad in zip(self._waiting, grads, strict=True):
+            if master.grad is None:
+                master.grad = grad
+            else:
+                sums.append(master.grad)
+                added.append(grad)
+        if sums:
+            torch._foreach_add_(sums, added)
+        self._waiting.clear()
+
     @torch.no_grad()
     def _round(self) -> None:
-        for parameter, master in self._copies():
-            parameter.copy_(master)
+        if copies := self._copies():
+            torch._foreach_copy_([p for p, _ in copies], [master for _, master in copies])
 
     def _copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The parameters that have a float32 copy, each with it."""
         pairs = zip(self._parameters, self._masters, strict=True)
         return [(parameter, master) for parameter, master in pairs if master is not parameter]
-
-
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype not in (torch.bfloat16, torch.float16):
-        return parameter
-    master = nn.Parameter(parameter.detach().float())
-
-    def gather(source: Tensor) -> None:
-        assert source.grad is not None
-        if master.grad is None:
-            master.grad = source.grad.float()
-        else:
-            master.grad += source.grad
-        source.grad = None
-
-    parameter.register_post_accumulate_grad_hook(gather)
-    return master

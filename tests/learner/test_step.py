@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sse_rl.learner.optimizer import Optimizer
 from sse_rl.learner.step import Learner
 
 LOSSES: list[dict[str, Any]] = [
@@ -349,6 +350,25 @@ def test_small_updates_add_up_in_bfloat16(policy, settings, batch) -> None:
     assert norm.dtype == torch.bfloat16
     assert len(state) == len(list(learner.model.parameters()))
     assert any(1e-4 < float((m - 1).abs().max()) < 2e-3 for m in state if m.shape == norm.shape)
+
+
+def test_gradients_of_bfloat16_are_added_in_float32_over_any_number_of_passes(settings) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList(torch.nn.Linear(3, 2) for _ in range(80)).bfloat16()
+    optimizer = Optimizer(model, settings(max_grad_norm=1e9))
+    sums = {p: torch.zeros(p.shape) for p in model[::2].parameters()}
+    for _ in range(3):
+        x = torch.randn(5, 3).bfloat16()
+        loss = sum(layer(x).float().square().sum() for layer in model[::2])
+        grads = torch.autograd.grad(loss, list(sums), retain_graph=True)
+        for parameter, grad in zip(sums, grads, strict=True):
+            sums[parameter] += grad.float()
+        loss.backward()
+    idle = model[1].weight.clone()
+    norm = torch.stack([x.norm() for x in sums.values()]).norm()
+    assert optimizer.update(loss.detach()).grad_norm == pytest.approx(float(norm), rel=1e-6)
+    assert torch.equal(model[1].weight, idle), "no gradient, no step"
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_malformed_batches_are_refused(policy, settings, batch) -> None:
