@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,14 +233,9 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def section(result: dict[str, Any], drawn: list[str]) -> str:
     """A run: what it is of, perplexities, scores, gain, where the time went, curves, answers."""
-    name, throughput = result["name"], result["summary"].get("throughput", {})
-    summary, texts = result["summary"], list(next(iter(result["perplexity"].values()), {}))
+    name, summary = result["name"], result["summary"]
+    texts = list(next(iter(result["perplexity"].values()), {}))
     perplexity = [[m, *(f"{t[x]:.4g}" for x in texts)] for m, t in result["perplexity"].items()]
-    spent = ", ".join(
-        f"{throughput[key]:.2f} s in {what}"
-        for key, what in (("rollout_s", "rollout"), ("learn_s", "the learner"))
-        if key in throughput
-    )
     parts = [
         f"## {name}\n",
         f"{result['device']}, torch {result['torch']}, {result['date']}, commit "
@@ -261,7 +257,7 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
             f"p = {gain['p']:.2g} (paired, {gain['problems']} problems).\n"
             for protocol, gain in result["gain"].items()
         ),
-        f"A step took {spent}.\n" if spent else "",
+        speed(result),
         where_the_time_went(result),
         "".join(f"![{picture}]({PICTURES}/{name}-{picture}.svg)\n" for picture in drawn),
         samples(result),
@@ -285,6 +281,27 @@ def resumptions(result: dict[str, Any]) -> str:
     head = ["resumed after step", *AROUND_A_STOP]
     means = "Means of the ten steps before each stop and the ten after.\n"
     return f"{table(head, rows)}\n{means}" if rows else ""
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Medians over the steps of GRPO."""
+    steps = [row for row in result["steps"] if "perf/learn_s" in row]
+    if not steps:
+        return ""
+    answers = result["summary"]["settings"]["grpo"]["num_generations"]
+    sampled = [
+        row["completion_length/mean"] * row["sampling/prompts"] * answers / row["perf/rollout_s"]
+        for row in steps
+    ]
+    learned = [row["tokens"] / row["perf/learn_s"] for row in steps]
+    rollout, learner = (
+        statistics.median(row[f"perf/{part}_s"] for row in steps) for part in ("rollout", "learn")
+    )
+    return (
+        f"A step took {rollout:.2f} s in rollout ({statistics.median(sampled):,.0f} sampled "
+        f"tokens/s) and {learner:.2f} s in the learner ({statistics.median(learned):,.0f} "
+        "tokens/s of those that it reads).\n"
+    )
 
 
 def where_the_time_went(result: dict[str, Any]) -> str:
