@@ -52,9 +52,9 @@ SHOWN_SAMPLES = 4
 SCORED = ["evaluation", "problems × samples", "score", "maj", "pass", "truncated", "tokens"]
 INTRODUCTION = """# A pretrained model learns grade-school mathematics
 
-What `recipes/gsm8k_smollm2.yaml` did, drawn by `benchmarks/gsm8k.py` from its result files. An
-evaluation is named by its protocol (`_greedy`: temperature 0) and the GRPO step of its weights;
-step 0 is the model after the cold start.
+What `recipes/gsm8k_smollm2.yaml` did as it was at the commits named, drawn by
+`benchmarks/gsm8k.py` from its result files. An evaluation is named by its protocol (`_greedy`:
+temperature 0) and the GRPO step of its weights; step 0 is the model after the cold start.
 """
 
 
@@ -182,7 +182,7 @@ def settings_tried(results: list[dict[str, Any]]) -> str:
         status = result["summary"].get("status", "unfinished")
         rows.append([
             result["name"],
-            ", ".join(f"`{k}: {v}`" for k, v in others.items() if v is not None) or "as it is",
+            ", ".join(f"`{k}: {v}`" for k, v in others.items() if v is not None) or "the run above",
             f"{result['summary'].get('steps', 0)}{', ' + status if status != 'finished' else ''}",
             f"{_percent(gain.get('before'))} → {_percent(gain.get('after'))}",
             f"{100 * gain['difference']:+.1f}" if gain else "",

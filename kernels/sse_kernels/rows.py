@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import expect
+
 
 class Selection(NamedTuple):
     """Rows to take out of m, and where each of the m goes."""
@@ -33,15 +35,17 @@ def select_rows(index: Tensor, rows: int) -> Selection:
 
 def take_rows(x: Tensor, selection: Selection) -> Tensor:
     """x [m, *D] -> x[index] [n, *D]; a row's gradient is the sum of its copies', in their order."""
+    rows = len(selection.bounds) - 1
+    expect(len(x) == rows, "take_rows", "x", f"of {rows} rows, as the selection", len(x))
     if not x.is_cuda:
         return x.index_select(0, selection.index)
     if x.dtype != torch.float64:
         try:
             from .triton_rows import triton_take_rows
-
-            return triton_take_rows(x, *selection)
         except ImportError:
             pass
+        else:
+            return triton_take_rows(x, *selection)
     return x[selection.index]
 
 

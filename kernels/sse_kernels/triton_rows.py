@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BLOCK = 1024
 
@@ -28,6 +29,7 @@ class _Take(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return triton_sum_rows(grad, *ctx.saved_tensors), None, None, None
 

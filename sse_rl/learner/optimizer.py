@@ -1,7 +1,7 @@
 """AdamW with a schedule, a clipped gradient and a guard against numbers that are not finite."""
 
 # pyright: reportPrivateImportUsage=false
-# torch's foreach functions are called so.
+# torch's foreach functions have private names.
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sse_rl.recipe import Grpo
 
 MAX_NONFINITE = 5
 """Updates in a row that may be skipped before the run is given up."""
-_GATHERED = 64
-"""Gradients that wait for each other: more take more memory, fewer take more launches."""
+_GATHERED = 2**25
+"""Numbers of gradients from which on they are gathered: few launches, and little memory."""
 
 
 class Update(NamedTuple):
@@ -40,6 +40,8 @@ class Optimizer:
             raise ValueError("no parameter of the model requires a gradient")
         self._waiting: dict[nn.Parameter, Tensor] = {}
         """Gradients on their way to float32 copies."""
+        self._numbers = 0
+        """In them."""
         self._masters = [self._master(p) for p in self._parameters]
         # norms, biases and decay rates are vectors
         matrices = [m for m in self._masters if m.ndim >= 2]
@@ -123,9 +125,12 @@ class Optimizer:
 
         def wait(source: Tensor) -> None:
             assert source.grad is not None
-            if master in self._waiting or len(self._waiting) == _GATHERED:
+            if master in self._waiting:
                 self._gather()
             self._waiting[master], source.grad = source.grad, None
+            self._numbers += master.numel()
+            if self._numbers >= _GATHERED:
+                self._gather()
 
         parameter.register_post_accumulate_grad_hook(wait)
         return master
@@ -147,6 +152,7 @@ class Optimizer:
         if sums:
             torch._foreach_add_(sums, added)
         self._waiting.clear()
+        self._numbers = 0
 
     @torch.no_grad()
     def _round(self) -> None:
