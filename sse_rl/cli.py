@@ -12,11 +12,14 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from sse_rl.errors import Interrupted, RunError, UserError
+
+if TYPE_CHECKING:
+    from sse_eval import Summary
 
 app = typer.Typer(
     name="sse-rl",
@@ -162,6 +165,8 @@ def evaluate(
     else:
         target = Checkpoint(str(model), address, workers, max_num_seqs, chat_template, dtype)
     evaluation = Evaluation(target, protocol, out)
+    for remark in evaluation.remarks():
+        typer.echo(remark, err=True)
     if dry_run:
         _print_json([plan._asdict() for plan in evaluation.plans()])
         return
@@ -175,7 +180,7 @@ def evaluate(
             raise SystemExit(143) from None
     for plan in evaluation.plans():
         _write_logs(Path(plan.out), logs)
-    _show_scores(summaries, fail_under)
+    _show_scores(summaries, evaluation.folders, fail_under)
 
 
 @app.command()
@@ -196,11 +201,11 @@ def regrade(
     from sse_rl.pipeline.evaluate import as_user_error
 
     as_user_error(check_formats, _names(logs))
-    summaries = {}
-    for name, path in evaluations_in(folder).items():
+    summaries, folders = {}, evaluations_in(folder)
+    for name, path in folders.items():
         summaries[name] = as_user_error(sse_eval.regrade, path)
         _write_logs(path, logs)
-    _show_scores(summaries, fail_under)
+    _show_scores(summaries, folders, fail_under)
 
 
 @app.command()
@@ -222,6 +227,8 @@ def grade(
         rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in grades.rows)
         out.write_text("".join(rows), encoding="utf-8")
     shown = "nothing to score" if grades.score is None else f"{100 * grades.score:.1f} %"
+    if unscored := len(grades.rows) - grades.scored:
+        shown += f" of {grades.scored}, {unscored} have no good gold"
     print(f"{len(grades.rows)} answers: {shown}")
     for status, count in grades.statuses.items():
         print(f"  {status:<20} {count}")
@@ -383,11 +390,25 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _show_scores(summaries: Mapping[str, Mapping[str, Any]], fail_under: float | None) -> None:
-    """A line a benchmark; Exit 1 if a score is below `fail_under`."""
+def _show_scores(
+    summaries: Mapping[str, Summary],
+    folders: Mapping[str, Path],
+    fail_under: float | None,
+) -> None:
+    """Each benchmark's score, what warns of it, and its report; Exit 1 if a score is below
+    `fail_under`."""
+    from sse_eval.words import between, findings
+
     for name, summary in summaries.items():
-        shown = "no samples" if summary["avg"] is None else f"{100 * summary['avg']:.1f} %"
+        shown = "no samples"
+        if summary["avg"] is not None:
+            interval = summary["ci_sampling"] or summary["ci_bootstrap"]
+            shown = f"{100 * summary['avg']:.1f} % ({between(interval)})"
         print(f"{name}: avg@{summary['samples']} {shown}")
+        for finding in findings(summary):
+            if finding.warns or summary["avg"] == 0:
+                print(f"  {finding.text}")
+        print(f"  {folders[name] / 'report.md'}")
     scores = [summary["avg"] or 0.0 for summary in summaries.values()]
     if fail_under is not None and min(scores) < fail_under:
         raise typer.Exit(1)

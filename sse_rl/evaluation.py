@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,11 @@ from sse_rl.pipeline.folder import RECIPE
 from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.weights import pack
 from sse_rl.recipe import Cluster, Rollout
+from sse_rl.recipe_io import load_recipe
 from sse_rl.rollout.worker import EngineSpec
 
+_PLACES = ("checkpoints", "model")
+"""Of a run, and of a checkpoint; they tell nothing of which."""
 WEIGHTS = frozenset({"model.weights_crc32"})
 """What a folder's configuration has that is known only once the weights are loaded."""
 
@@ -97,14 +100,28 @@ class Checkpoint:
     """How long others may use what the engines need."""
 
     @cached_property
+    def run(self) -> Path | None:
+        """The run that the model is of."""
+        path = Path(self.model).resolve()
+        return next((x for x in (path, *path.parents[:3]) if (x / RECIPE).is_file()), None)
+
+    @cached_property
     def name(self) -> str:
         """The folder's, behind its run's within a run: `mine-export`, `mine-step-40`."""
         path = Path(self.model).resolve()
-        run = next((folder for folder in path.parents[:3] if (folder / RECIPE).is_file()), None)
-        if run is not None:
-            within = path.relative_to(run).parts
-            return "-".join([run.name, *(x for x in within if x not in ("checkpoints", "model"))])
+        if self.run is not None:
+            within = path.relative_to(self.run).parts
+            return "-".join([self.run.name, *(x for x in within if x not in _PLACES)])
         return f"{path.parent.name}-{path.name}" if path.name in ("export", "model") else path.name
+
+    @property
+    def trained_prompt(self) -> str | None:
+        """What the run asked its problems in, if that is of `{problem}` alone."""
+        with suppress(UserError, LookupError, AttributeError):
+            if self.run is not None:
+                data = load_recipe(self.run / RECIPE).data
+                return data.prompt_template.format(problem="{problem}")
+        return None
 
     @cached_property
     def folder(self) -> Path:
@@ -260,6 +277,17 @@ class Evaluation:
             )
         return found
 
+    def remarks(self) -> list[str]:
+        """What tells that a score may not mean what it seems to."""
+        trained = self.target.trained_prompt if isinstance(self.target, Checkpoint) else None
+        asked = {self._sampling(bench)["prompt"] for bench in self.benchmarks}
+        if trained is None or asked == {trained}:
+            return []
+        return [
+            f"{self.target.name} was trained with the prompt {trained!r} and is asked with "
+            f"{' and '.join(map(repr, sorted(asked)))}: --prompt '{trained}' asks as in training"
+        ]
+
     def run(self, progress: Callable[[str, int, int], None]) -> dict[str, Summary]:
         """Ask, grade, write; resumes where it stopped. progress: (benchmark, finished, wanted).
 
@@ -304,6 +332,11 @@ class Evaluation:
     def root(self) -> Path:
         """The folder of all benchmarks' folders."""
         return self.out or Path("evals") / self.target.name
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Each benchmark's, by its name."""
+        return {bench.name: self._folder(bench) for bench in self.benchmarks}
 
     def _folder(self, bench: Benchmark) -> Path:
         return self.root / bench.name

@@ -120,7 +120,9 @@ def test_run_then_report_export_eval_and_compare(call, recipe: Path, tmp_path: P
     options = ("--samples", 2, "--max-tokens", 4, "--address", "local", "--out", out)
     done = command("eval", exported, "--benchmark", problems, *options, "--fail-under", "0.5")
     assert done.returncode == 1, done.stderr
-    assert "two: avg@2 0.0 %" in done.stdout
+    assert "two: avg@2 0.0 % (0.0 to " in done.stdout
+    assert "100.0 % of the answers were cut off at 4 tokens" in done.stdout
+    assert "None of 4 answers is right." in done.stdout
     assert {path.name for path in (out / "two").iterdir()} >= {
         "results.jsonl",
         "summary.json",
@@ -146,6 +148,24 @@ def test_grade_counts_each_status_and_writes_the_grades(call, tmp_path: Path):
     assert {line.split()[0] for line in shown.splitlines()[1:]} == {"correct", "wrong", "no_box"}
     assert [json.loads(line)["reward"] for line in out.read_text().splitlines()] == [1.0, 0.0, 0.0]
     assert call("grade", file, "--fail-under", "0.5")[0] == 1
+
+
+def test_grade_reads_what_others_write(call, tmp_path: Path):
+    file, out = tmp_path / "answers.jsonl", tmp_path / "graded.jsonl"
+    rows = [
+        {"completion": "so\u2028\\boxed{5}", "answer": "5"},
+        {"completion": "\\boxed{18}", "answer": 18},
+        {"completion": "\\boxed{1}", "answer": ""},
+    ]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text(text, encoding="utf-8-sig")
+    code, shown, _ = call("grade", file, "--out", out)
+    assert code == 0
+    assert shown.splitlines()[0] == "3 answers: 100.0 % of 2, 1 have no good gold"
+    assert call("grade", out)[1] == shown
+    file.write_text("\n")
+    code, _, err = call("grade", file)
+    assert code == 2 and "answers.jsonl: no rows" in err
 
 
 def test_grade_refuses_a_row_without_an_answer(call, tmp_path: Path):

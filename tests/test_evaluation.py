@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from sse_eval.types import Message
 
 from sse_rl.cli import main
 from sse_rl.data.tokenizer import byte_tokenizer
-from sse_rl.evaluation import evaluations_in
+from sse_rl.evaluation import Checkpoint, Evaluation, Protocol, evaluations_in
 from sse_rl.model import SSEConfig, SSEForCausalLM
 from sse_rl.pipeline.evaluate import Prompter
 
@@ -95,7 +96,9 @@ def test_a_served_model_is_measured_logged_regraded_and_compared(call, url, sums
     out = tmp_path / "evals"
     code, shown, err = call("eval", *asked, "--out", out, "--logs", "lm-eval,lighteval")
     assert code == 0, err
-    assert shown.splitlines()[-1] == "sums: avg@2 50.0 %"
+    score, *warnings, report = shown.splitlines()[-2:]
+    assert score.startswith("sums: avg@2 50.0 % (") and not warnings
+    assert report == f"  {out / 'sums' / 'report.md'}"
     names = {path.name for path in (out / "sums").iterdir()}
     assert names >= {"report.html", "samples_sums.jsonl", "details_sums.parquet"}
     assert call("eval", *asked, "--out", out, "--fail-under", "0.6")[0] == 1
@@ -104,11 +107,28 @@ def test_a_served_model_is_measured_logged_regraded_and_compared(call, url, sums
     before = results.read_bytes()
     results.write_bytes(before.replace(b'"reward": 1.0', b'"reward": 0.0'))
     code, shown, _ = call("regrade", out, "--fail-under", "0.5")
-    assert (code, shown) == (0, "sums: avg@2 50.0 %\n")
+    assert code == 0 and shown.splitlines() == [score, report]
     assert results.read_bytes() == before
 
     code, shown, _ = call("compare", out, out / "sums", "--max-drop", "0")
     assert code == 0 and "+0.0 points" in shown
+
+
+def test_another_prompt_than_that_of_training_is_remarked(sums, tmp_path):
+    run = tmp_path / "mine"
+    for folder in (run / "export", tmp_path / "other"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "sse"}')
+    shutil.copy(Path(__file__).parents[1] / "recipes/quickstart.yaml", run / "recipe.yaml")
+
+    def remarks(model: Path, prompt: str) -> list[str]:
+        protocol = Protocol((str(sums),), 1, 1.0, 1.0, 8, prompt=prompt)
+        return Evaluation(Checkpoint(str(model)), protocol).remarks()
+
+    (remark,) = remarks(run / "export", "default")
+    assert remark.startswith("mine-export was trained with the prompt '{problem}' and is asked")
+    assert remark.endswith("--prompt '{problem}' asks as in training")
+    assert remarks(run / "export", "{problem}") == remarks(tmp_path / "other", "default") == []
 
 
 def test_sigterm_while_a_server_answers_is_exit_143_and_told(

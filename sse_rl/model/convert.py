@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from sse_rl.model.modeling import SSEForCausalLM
 from sse_rl.recipe import Convert
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, IndexError, struct.error)
+"""What reading a damaged file raises; the last two from a GGUF file that was cut off."""
 HALF_LIVES = (64, 4096)
 """Tokens: what the channels of a head forget half of, from first to last, in equal ratios."""
 OUTPUT_SCALE = 0.05
@@ -104,7 +107,7 @@ def load_teacher(source: str) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **location(source), dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (*_UNREADABLE, RuntimeError) as error:
         raise UserError(f"{source}: cannot be loaded: {_line(error)}") from None
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -124,7 +127,7 @@ def teacher_config(source: str) -> PretrainedConfig:
     """Its configuration alone. Raises UserError if it cannot be read or is of another family."""
     try:
         config = AutoConfig.from_pretrained(**location(source))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{source}: cannot be read as a model: {_line(error)}") from None
     if config.model_type not in FAMILIES:
         raise UserError(

@@ -18,7 +18,7 @@ from sse_rl.pipeline.distill import perplexity
 from sse_rl.recipe_io import parse_convert
 
 ROW, MEASURED = 512, 8192
-"""Tokens of a row, and of all that perplexity is measured on."""
+"""Tokens of a row at most, and of all that perplexity is measured on."""
 
 
 def convert_checkpoint(
@@ -48,7 +48,7 @@ def convert_checkpoint(
     options = parse_convert(keys, overrides)
     template = None if chat_template is None else str(chat_template)
     tokenizer = named_tokenizer(source, template)
-    held_out = None if text is None else _read(text, tokenizer)
+    held_out, said = (None, "") if text is None else _read(text, tokenizer)
     teacher = load_teacher(source)
     student = convert(teacher, options, seed=seed)
     with atomic_folder(out) as folder:
@@ -60,6 +60,7 @@ def convert_checkpoint(
         "parameters": f"{student.num_parameters() / 1e6:.1f} M",
     }
     if held_out is not None:
+        report["measured on"] = said
         for name, model in (("teacher", as_softmax(teacher, source)), ("converted", student)):
             report[f"{name} perplexity"] = f"{perplexity(model, held_out, MEASURED):.4g}"
     return report | {"written to": str(out)}
@@ -76,7 +77,8 @@ def _layers(given: str | None, layers: int) -> int | list[int] | None:
     return [int(part) for part in parts] if "," in given else int(given)
 
 
-def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> PackedText:
+def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedText, str]:
+    """The text in rows of equal length, and how much of it is measured."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,4 +86,7 @@ def _read(path: Path, tokenizer: PreTrainedTokenizerBase) -> PackedText:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"--text {path}: {len(ids)} tokens, nothing to measure on")
-    return PackedText([np.array(ids)], max_length=min(ROW, len(ids)), seed=0)
+    length = len(ids) // -(-len(ids) // ROW)
+    measured = min(len(ids), MEASURED) // length * length
+    said = f"{measured:,} of {len(ids):,} tokens, in rows of {length}"
+    return PackedText([np.array(ids)], max_length=length, seed=0), said

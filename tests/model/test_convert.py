@@ -203,6 +203,9 @@ def test_missing_weights_are_named(tmp_path: Path, lost: str, message: str):
 def test_a_source_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"nothing\.gguf: no such file"):
         load_teacher(str(tmp_path / "nothing.gguf"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(range(100)))
+    with pytest.raises(UserError, match=r"cut\.gguf: cannot be read as a model"):
+        load_teacher(str(tmp_path / "cut.gguf"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: cannot be read as a model"):
         load_teacher(str(tmp_path / "empty"))
