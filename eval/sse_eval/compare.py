@@ -82,7 +82,7 @@ def compare(before: Path | str, after: Path | str, *, max_drop: float | None = N
     a, b = (np.array([rewards(side.rows[id]).mean() for id in ids]) for side in (old, new))
     changes = [Change(id, float(x), float(y)) for id, x, y in zip(ids, a, b, strict=True)]
     return Comparison(
-        benchmark=names[0],
+        benchmark=names[0] + _greedy(old, new),
         problems=len(ids),
         unpaired=len(old.rows.keys() ^ new.rows.keys()),
         before=float(a.mean()),
@@ -98,6 +98,12 @@ def compare(before: Path | str, after: Path | str, *, max_drop: float | None = N
         ],
         max_drop=max_drop,
     )
+
+
+def _greedy(*sides: _Side) -> str:
+    """A mark, where both answered at temperature 0."""
+    greedy = all(side.config["sampling"]["temperature"] == 0 for side in sides)
+    return ", greedy" if greedy else ""
 
 
 def describe(comparison: Comparison) -> str:

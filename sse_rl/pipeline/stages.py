@@ -32,7 +32,16 @@ from sse_rl.pipeline.evaluate import (
     as_user_error,
     make_pool,
 )
-from sse_rl.pipeline.folder import EVAL, EXPORT, changed, check_folder, claim, cut_back, start_step
+from sse_rl.pipeline.folder import (
+    EVAL,
+    EXPORT,
+    changed,
+    check_folder,
+    claim,
+    cut_back,
+    read_summary,
+    start_step,
+)
 from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
 from sse_rl.pipeline.rewards import RewardWorker, Scorer, check_components
@@ -80,35 +89,38 @@ def run(
         RunConsole(recipe.name) as console,
         stop_signal() as interrupted,
     ):
-        job.console, job.interrupted = console, interrupted
         for change in changes:
             console.say(f"resumed with {change}")
-        began = time.monotonic()
+        began, before = time.monotonic(), read_summary(run_dir)
 
-        def ended(status: str, error: BaseException | None = None) -> dict[str, Any]:
+        def summed_up(status: str, error: BaseException | None = None) -> dict[str, Any]:
             seconds = time.monotonic() - began
             return summarize(
                 recipe,
                 run_dir,
                 status,
+                before=before,
                 start=start,
                 seconds=seconds,
                 stages=job.spent,
                 error=error,
             )
 
+        job.console, job.interrupted = console, interrupted
+        job.progressed = lambda: summed_up("running")
+
         try:
             with job.actors:
                 job.run(start)
         except Interrupted:
-            ended("interrupted")
+            summed_up("interrupted")
             console.say(f"stopped and saved; `--resume auto` goes on ({run_dir})")
             raise SystemExit(143) from None
         except BaseException as error:
             with suppress(OSError, ValueError, UserError):  # the first error is the one to show
-                ended("failed", error)
+                summed_up("failed", error)
             raise
-        return ended("finished")
+        return summed_up("finished")
 
 
 @dataclass(slots=True)
@@ -129,6 +141,9 @@ class Job:
     """Tokens of the longest prompt and its answer that the run asks for."""
     console: RunConsole = field(default_factory=lambda: RunConsole("run"))
     interrupted: Callable[[], None] = lambda: None
+    progressed: Callable[[], object] = lambda: None
+    """Called after each stage, and after evaluations between steps: if the run is killed, what it
+    took until then is known."""
     actors: ExitStack = field(default_factory=ExitStack)
     """Ends what the run started, newest first."""
     spent: dict[str, float] = field(default_factory=dict)
@@ -232,6 +247,7 @@ class Job:
             yield
         finally:
             self.spent[stage] = self.spent.get(stage, 0.0) + time.monotonic() - began
+        self.progressed()
 
     def grpo(self, grpo: Grpo, base: Path, start: int) -> None:
         recipe, timeout_s = self.recipe, self.recipe.cluster.learner_timeout_s

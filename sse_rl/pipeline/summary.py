@@ -11,7 +11,7 @@ from sse_rl.pipeline.best import kept
 from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.difficulty import FILE as DIFFICULTY
 from sse_rl.pipeline.difficulty import pass_rates, read_rates
-from sse_rl.pipeline.folder import EVAL, EXPORT, SUMMARY, read_summary, write_whole
+from sse_rl.pipeline.folder import EVAL, EXPORT, SUMMARY, write_whole
 from sse_rl.recipe import Recipe
 from sse_rl.report.html import write_report
 from sse_rl.report.sinks import METRICS, read_rows
@@ -25,15 +25,15 @@ def summarize(
     run_dir: Path,
     status: str,
     *,
+    before: Mapping[str, Any],
     start: int,
     seconds: float,
     stages: Mapping[str, float],
     error: BaseException | None = None,
 ) -> dict[str, Any]:
     """Write summary.json and report.html and return the summary. `seconds`, and those of each of
-    `stages`, are added to those of former attempts; `start` is the GRPO step that this one went on
-    from."""
-    before = read_summary(run_dir)
+    `stages`, are added to those of `before`, the summary of former attempts; `start` is the GRPO
+    step that this one went on from."""
     rows = read_rows(run_dir / METRICS)
     export, best = run_dir / EXPORT, kept(run_dir)
     summary = {

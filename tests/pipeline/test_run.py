@@ -92,7 +92,12 @@ def test_a_killed_driver_resumes_to_the_same_digits(whole, tmp_path):
     wait_for(lambda: steps_done(tmp_path) >= 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    killed = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert killed["status"] == "running"
     output = finish(start(tmp_path, "--resume", "auto", "--set", "checkpoint.keep=3"))
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert summary["wall_s"] > killed["wall_s"] > 0
+    assert summary["stage_s"]["eval"] > killed["stage_s"]["eval"] > 0
     assert "resumed with checkpoint.keep = 3 (was 2)" in output
     assert metrics(tmp_path) == metrics(whole)
     same = (whole / "tiny" / "samples.jsonl").read_text()
