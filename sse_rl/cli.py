@@ -185,7 +185,10 @@ def evaluate(
 
 @app.command()
 def regrade(
-    folder: Annotated[Path, typer.Argument(help="An evaluation's folder, or one of several.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="An evaluation's folder, one of several, or a run: all of its own."),
+    ],
     logs: Annotated[
         str, typer.Option(metavar="lm-eval,lighteval", help="Write samples in these shapes too.")
     ] = "",
@@ -197,11 +200,11 @@ def regrade(
     import sse_eval
     from sse_eval.logs import check_formats
 
-    from sse_rl.evaluation import evaluations_in
+    from sse_rl.evaluation import evaluation_folders
     from sse_rl.pipeline.evaluate import as_user_error
 
     as_user_error(check_formats, _names(logs))
-    summaries, folders = {}, evaluations_in(folder)
+    summaries, folders = {}, {path.name: path for path in evaluation_folders(folder)}
     for name, path in folders.items():
         summaries[name] = as_user_error(sse_eval.regrade, path)
         _write_logs(path, logs)

@@ -378,21 +378,33 @@ def rollout_of(workers: int | None, max_num_seqs: int) -> Rollout:
     )
 
 
-def evaluations_in(path: Path) -> dict[str, Path]:
-    """The evaluations of a folder: itself, those in it, or a run's last one of each benchmark.
+def evaluation_folders(path: Path) -> list[Path]:
+    """The evaluations of a folder: itself, or all in it or in its `eval/`.
 
     Raises UserError if there is none.
     """
     if _is_evaluation(path):
-        return {path.name: path}
+        return [path]
     root = path / "eval" if (path / "eval").is_dir() else path
+    found = sorted(filter(_is_evaluation, root.glob("*")))
+    if not found:
+        raise UserError(f"{path}: no evaluation there, nor a folder of them")
+    return found
+
+
+def evaluations_in(path: Path) -> dict[str, Path]:
+    """The evaluations of a folder by name, of those of a run the last of each benchmark.
+
+    Raises UserError if there is none.
+    """
+    folders = evaluation_folders(path)
+    if folders == [path]:
+        return {path.name: path}
     found: dict[str, tuple[int, Path]] = {}
-    for folder in sorted(filter(_is_evaluation, root.glob("*"))):
+    for folder in folders:
         name, _, step = folder.name.rpartition("-")
         name, number = (name, int(step)) if name and step.isdigit() else (folder.name, -1)
         found[name] = max(found.get(name, (-2, folder)), (number, folder))
-    if not found:
-        raise UserError(f"{path}: no evaluation there, nor a folder of them")
     return {name: folder for name, (_, folder) in found.items()}
 
 

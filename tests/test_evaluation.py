@@ -20,7 +20,13 @@ from sse_eval.types import Message
 
 from sse_rl.cli import main
 from sse_rl.data.tokenizer import byte_tokenizer
-from sse_rl.evaluation import Checkpoint, Evaluation, Protocol, evaluations_in
+from sse_rl.evaluation import (
+    Checkpoint,
+    Evaluation,
+    Protocol,
+    evaluation_folders,
+    evaluations_in,
+)
 from sse_rl.model import SSEConfig, SSEForCausalLM
 from sse_rl.pipeline.evaluate import Prompter
 
@@ -272,3 +278,5 @@ def test_the_last_evaluations_of_a_run_stand_for_it(tmp_path: Path):
         "heldout_greedy": "heldout_greedy-20",
         "sums": "sums-4",
     }
+    every = [path.name for path in evaluation_folders(tmp_path / "run")]
+    assert every == ["heldout-0", "heldout-20", "heldout_greedy-20", "sums-4"]
