@@ -93,6 +93,7 @@ def test_a_window_can_be_carried_over_any_cut():
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_the_kernels_are_the_convolution_and_its_gradients(width, dtype):
     triton_causal_conv = pytest.importorskip("sse_kernels.triton_conv").triton_causal_conv
+    torch.manual_seed(0)
     x, weight, initial, cu_seqlens = (
         t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE) for t in inputs(width)
     )
@@ -118,8 +119,9 @@ def test_the_kernels_are_the_convolution_and_its_gradients(width, dtype):
         assert final is None
         gradients += [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
     tolerance = 4e-6 if dtype == torch.float32 else 8e-3
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(found, wanted, strict=True):  # a tap's gradient is a sum over tokens
+        atol = tolerance * max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=atol)
 
 
 def test_the_kernels_take_no_channels_or_tokens():
