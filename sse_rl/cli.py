@@ -178,8 +178,8 @@ def evaluate(
         except (Interrupted, SystemExit):  # the latter from `_terminate`, where Ray is not started
             console.say(f"stopped; answers are kept, the same command goes on ({evaluation.root})")
             raise SystemExit(143) from None
-    for plan in evaluation.plans():
-        _write_logs(Path(plan.out), logs)
+    for path in evaluation.folders.values():
+        _write_logs(path, logs)
     _show_scores(summaries, evaluation.folders, fail_under)
 
 

@@ -28,6 +28,8 @@ class Comparison:
     """B against A, over the problems that both have samples of."""
 
     benchmark: str
+    greedy: bool
+    """Both answered at temperature 0."""
     problems: int
     unpaired: int
     """Problems that only one of them has samples of; left out."""
@@ -82,7 +84,8 @@ def compare(before: Path | str, after: Path | str, *, max_drop: float | None = N
     a, b = (np.array([rewards(side.rows[id]).mean() for id in ids]) for side in (old, new))
     changes = [Change(id, float(x), float(y)) for id, x, y in zip(ids, a, b, strict=True)]
     return Comparison(
-        benchmark=names[0] + _greedy(old, new),
+        benchmark=names[0],
+        greedy=all(side.config["sampling"]["temperature"] == 0 for side in (old, new)),
         problems=len(ids),
         unpaired=len(old.rows.keys() ^ new.rows.keys()),
         before=float(a.mean()),
@@ -100,12 +103,6 @@ def compare(before: Path | str, after: Path | str, *, max_drop: float | None = N
     )
 
 
-def _greedy(*sides: _Side) -> str:
-    """A mark, where both answered at temperature 0."""
-    greedy = all(side.config["sampling"]["temperature"] == 0 for side in sides)
-    return ", greedy" if greedy else ""
-
-
 def describe(comparison: Comparison) -> str:
     """The comparison in Markdown, the verdict first."""
     c = comparison
@@ -116,7 +113,7 @@ def describe(comparison: Comparison) -> str:
         else ""
     )
     lines = [
-        f"**{c.benchmark}: {points(c.before)} -> {points(c.after)}, "
+        f"**{c.benchmark}{', greedy' * c.greedy}: {points(c.before)} -> {points(c.after)}, "
         f"{100 * c.difference:+.1f} points**{low_high}, p = {c.p_value:.2g} "
         f"({c.problems} problems, paired)",
         "",
