@@ -49,7 +49,8 @@ AROUND_A_STOP = {
 """Metrics and their decimals."""
 STYLE = "svg{--a:#0b63c5;--b:#d9730d;--line:#c5cad2;--dim:#667}text{font-family:sans-serif}"
 SHOWN_SAMPLES = 4
-SCORED = ["evaluation", "problems × samples", "score", "maj", "pass", "truncated", "tokens"]
+SCORED = ["evaluation", "problems × samples", "T, top-p", "score", "maj", "pass", "tokens, at most"]
+SCORED += ["truncated"]
 INTRODUCTION = """# A pretrained model learns grade-school mathematics
 
 What `recipes/gsm8k_smollm2.yaml` did as it was at the commits named, drawn by
@@ -104,7 +105,8 @@ def collect(run: Path, others: dict[str, Path], commit: str | None) -> dict[str,
 def _scores(folder: Path) -> dict[str, Any]:
     summary = _json(folder / "summary.json")
     return {key: summary[key] for key in ("problems", "samples", *SCORES) if key in summary} | {
-        "perf": {k: v for k, v in summary.get("perf", {}).items() if k != "environment"}
+        "sampling": _json(folder / "config.json").get("sampling", {}),
+        "perf": {k: v for k, v in summary.get("perf", {}).items() if k != "environment"},
     }
 
 
@@ -167,6 +169,7 @@ def draw_page() -> None:
     sections = [INTRODUCTION, section(results[0], list(drawn))]
     if len(results) > 1:
         sections.append(settings_tried(results))
+    sections.append(resumptions(results))
     sections += [mismatch(_json(path)) for path in sorted(RESULTS.glob("mismatch-*.json"))]
     PAGE.write_text("\n".join(sections))
 
@@ -219,7 +222,8 @@ def mismatch(result: dict[str, Any]) -> str:
         f"{result['device']}, torch {result['torch']}, {result['date']}, commit "
         f"{result['commit']}, `{result['command']}`.\n"
     )
-    return f"## Rollout and learner\n\n{table(head, lines)}\n{note}"
+    notes = "".join(f"\n{text}\n" for text in result.get("notes", ()))
+    return f"## Rollout and learner\n\n{table(head, lines)}\n{note}{notes}"
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -243,7 +247,6 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
         f"{summary.get('wall_s', 0) / 60:.1f} minutes, evaluations included; "
         f"{summary.get('status', 'unfinished')}.\n",
         *(f"{note}\n" for note in result.get("notes", ())),
-        resumptions(result),
         table(["perplexity", *texts], perplexity) if perplexity else "",
         signal(summary),
         table(
@@ -265,22 +268,23 @@ def section(result: dict[str, Any], drawn: list[str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def resumptions(result: dict[str, Any]) -> str:
+def resumptions(results: list[dict[str, Any]]) -> str:
     """Each stop within GRPO: what the steps before and after it logged."""
     rows = []
-    for step in result["summary"].get("resumed_after", ()):
-        around = [
-            [row for row in result["steps"] if first < row["step"] <= first + 10]
-            for first in (step - 10, step)
-        ]
-        cells = [
-            " → ".join(f"{sum(row[k] for row in rs) / len(rs):.{d}f}" for rs in around if rs)
-            for k, d in AROUND_A_STOP.items()
-        ]
-        rows.append([f"{step}", *cells])
-    head = ["resumed after step", *AROUND_A_STOP]
+    for result in results:
+        for step in result["summary"].get("resumed_after", ()):
+            around = [
+                [row for row in result["steps"] if first < row["step"] <= first + 10]
+                for first in (step - 10, step)
+            ]
+            cells = [
+                " → ".join(f"{sum(row[k] for row in rs) / len(rs):.{d}f}" for rs in around if rs)
+                for k, d in AROUND_A_STOP.items()
+            ]
+            rows.append([result["name"], f"{step}", *cells])
+    head = ["run", "resumed after step", *AROUND_A_STOP]
     means = "Means of the ten steps before each stop and the ten after.\n"
-    return f"{table(head, rows)}\n{means}" if rows else ""
+    return f"## Interrupted and resumed\n\n{table(head, rows)}\n{means}"
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -339,14 +343,17 @@ def _scored(name: str, scores: dict[str, Any]) -> list[str]:
     interval = scores.get("ci_sampling") or scores.get("ci_bootstrap")
     between = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
     best = list(scores.get("pass_at", {}).items())[-1:]
+    sampling = scores.get("sampling", {})
     return [
         name,
         f"{scores.get('problems')} × {scores.get('samples')}",
+        ", ".join(f"{sampling[key]:g}" for key in ("temperature", "top_p") if key in sampling),
         f"{_percent(scores.get('avg'))}{between}",
         _percent(scores.get("maj")),
         "".join(f"{_percent(value)} (k = {k})" for k, value in best),
+        f"{scores.get('tokens', {}).get('all', {}).get('mean') or 0:.0f}"
+        + (f", {sampling['max_tokens']:,}" if sampling else ""),
         _percent(scores.get("truncated")),
-        f"{scores.get('tokens', {}).get('all', {}).get('mean') or 0:.0f}",
     ]
 
 
