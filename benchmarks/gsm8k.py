@@ -340,7 +340,7 @@ def _place(entry: tuple[str, Any]) -> tuple[str, int]:
 
 
 def _scored(name: str, scores: dict[str, Any]) -> list[str]:
-    interval = scores.get("ci_sampling") or scores.get("ci_bootstrap")
+    interval = _interval(scores)
     between = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
     best = list(scores.get("pass_at", {}).items())[-1:]
     sampling = scores.get("sampling", {})
@@ -357,32 +357,39 @@ def _scored(name: str, scores: dict[str, Any]) -> list[str]:
     ]
 
 
+def _interval(scores: dict[str, Any]) -> list[float] | None:
+    return scores.get("ci_sampling") or scores.get("ci_bootstrap")
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
 def pictures(result: dict[str, Any]) -> dict[str, str]:
     """Name -> SVG, of what the run logged."""
-    last = result["steps"][-1]["step"] if result["steps"] else 0
     imitated = [(row["step"], row["kl"]) for row in result["distill"] if "kl" in row]
     drawn = {}
     if imitated:
-        drawn["distillation"] = _standalone(draw([Curve("KL(teacher, student)", imitated)]))
+        drawn["distillation"] = _standalone([Curve("KL(teacher, student)", imitated)])
     for name, keys in CURVES.items():
-        curves = []
-        for key in keys:
-            points = [
-                (row["step"], row[key]) for row in result["steps"] if row.get(key) is not None
-            ]
-            if key.startswith("eval/"):  # logged with the step after
-                points = [(step - 1, value) for step, value in points]
-                final = result["evaluations"].get(f"{key.removeprefix('eval/')}-{last}", {})
-                points += [(last, final["avg"])] if final.get("avg") is not None else []
-            if points:
-                curves.append(Curve(key, points))
+        curves = [curve for curve in (_curve(result, key) for key in keys) if curve.points]
         if curves:
-            drawn[name] = _standalone(draw(curves))
+            drawn[name] = _standalone(curves)
     return drawn
+
+
+def _curve(result: dict[str, Any], key: str) -> Curve:
+    """A metric of the steps; of evaluations the score, with its interval."""
+    if not key.startswith("eval/"):
+        rows = result["steps"]
+        return Curve(key, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
+    found = sorted(
+        (_place(entry)[1], entry[1])
+        for entry in result["evaluations"].items()
+        if _place(entry)[0] == key.removeprefix("eval/")
+    )
+    intervals = [(step, *_interval(scores)) for step, scores in found if _interval(scores)]
+    return Curve(key, [(step, scores["avg"]) for step, scores in found], intervals)
 
 
 def samples(result: dict[str, Any]) -> str:
@@ -401,8 +408,8 @@ def samples(result: dict[str, Any]) -> str:
     )
 
 
-def _standalone(svg: str) -> str:
-    head, body = svg.split(">", 1)
+def _standalone(curves: list[Curve]) -> str:
+    head, body = draw(curves, named=True).split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}\n'
 
 

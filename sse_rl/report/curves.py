@@ -18,13 +18,19 @@ class Curve:
     label: str
     points: Sequence[tuple[float, float]]
     """(step, value)."""
+    intervals: Sequence[tuple[float, float, float]] = ()
+    """(step, low, high)."""
 
 
-def draw(curves: Sequence[Curve]) -> str:
-    """An SVG of all curves on one pair of axes; long noisy ones get a running mean on top."""
+def draw(curves: Sequence[Curve], *, named: bool = False) -> str:
+    """An SVG of all curves on one pair of axes; long noisy ones get a running mean on top.
+
+    Several curves bear their labels; one alone only if it is to be `named`.
+    """
     points = [point for curve in curves for point in curve.points]
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-    low_y, high_y = _range([y for _, y in points])
+    bounds = [y for curve in curves for _, *ends in curve.intervals for y in ends]
+    low_y, high_y = _range([y for _, y in points] + bounds)
     at_x = lambda x: LEFT + (RIGHT - LEFT) * (x - low_x) / ((high_x - low_x) or 1)
     at_y = lambda y: BOTTOM - (BOTTOM - TOP) * (y - low_y) / (high_y - low_y)
     parts = []
@@ -39,10 +45,15 @@ def draw(curves: Sequence[Curve]) -> str:
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         noisy = len(curve.points) > SMOOTH_ABOVE
+        parts += [
+            f'<line x1="{at_x(x):.1f}" x2="{at_x(x):.1f}" y1="{at_y(low):.1f}" '
+            f'y2="{at_y(high):.1f}" stroke="{colour}" stroke-width="3" opacity="0.35"/>'
+            for x, low, high in curve.intervals
+        ]
         parts.append(_line(curve.points, at_x, at_y, colour, 0.35 if noisy else 1.0))
         if noisy:
             parts.append(_line(running_mean(curve.points), at_x, at_y, colour, 1.0))
-        if len(curves) > 1:
+        if named or len(curves) > 1:
             parts.append(
                 f'<text x="{LEFT + 8 + 140 * number}" y="149" fill="{colour}">'
                 f"{escape(curve.label)}</text>"

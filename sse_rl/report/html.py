@@ -54,12 +54,17 @@ def write_report(run_dir: Path) -> Path:
     rows, samples = read_rows(run_dir / METRICS), read_rows(run_dir / SAMPLES)
     recipe = (run_dir / "recipe.yaml").read_text()
     path = run_dir / "report.html"
-    path.write_text(page(summary, rows, samples, recipe), encoding="utf-8", errors="replace")
+    text = page(summary, rows, samples, recipe, _intervals(run_dir))
+    path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 
 def page(
-    summary: dict[str, Any], rows: list[dict[str, Any]], samples: list[dict[str, Any]], recipe: str
+    summary: dict[str, Any],
+    rows: list[dict[str, Any]],
+    samples: list[dict[str, Any]],
+    recipe: str,
+    intervals: dict[str, list[tuple[int, float, float]]],
 ) -> str:
     name = escape(str(summary.get("name", "run")))
     return (
@@ -67,7 +72,7 @@ def page(
         '<meta name=viewport content="width=device-width,initial-scale=1">'
         f'<link rel=icon href="data:,"><style>{STYLE}</style><h1>{name}</h1>'
         f"{_headline(summary, rows)}{_evaluations(summary.get('eval', {}))}"
-        f"<h2>How it learned</h2><div class=curves>{_curves(rows, summary)}</div>"
+        f"<h2>How it learned</h2><div class=curves>{_curves(rows, summary, intervals)}</div>"
         f"{_facts(summary)}{_samples(samples)}<h2>Recipe</h2><pre>{escape(recipe)}</pre></html>"
     )
 
@@ -147,7 +152,23 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _curves(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+def _intervals(run_dir: Path) -> dict[str, list[tuple[int, float, float]]]:
+    """Of each evaluation of the run: metric -> (step, low, high)."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for path in run_dir.glob("eval/*-*/summary.json"):
+        protocol, _, step = path.parent.name.rpartition("-")
+        scores = json.loads(path.read_text())
+        interval = scores["ci_sampling"] or scores["ci_bootstrap"]
+        if interval:
+            found.setdefault(f"eval/{protocol}", []).append((int(step), *interval))
+    return found
+
+
+def _curves(
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+    intervals: dict[str, list[tuple[int, float, float]]],
+) -> str:
     last = {  # the final evaluation stands in no step's row
         f"eval/heldout{suffix}": summary.get("eval", {}).get("heldout", {}).get(f"tuned{suffix}")
         for suffix in ("", "_greedy")
@@ -160,7 +181,7 @@ def _curves(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
             if rows and last.get(key) is not None:
                 points.append((rows[-1]["step"], last[key]))
             if points:
-                curves.append(Curve(key, points))
+                curves.append(Curve(key, points, intervals.get(key, ())))
         if curves:
             figures.append(f"<figure><figcaption>{title}</figcaption>{draw(curves)}</figure>")
     return "".join(figures)
