@@ -18,6 +18,7 @@ from sse_rl.pipeline.best import offer
 from sse_rl.pipeline.checkpoint import atomic_folder, is_complete, prune, step_folder
 from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
+from sse_rl.pipeline.remarks import WINDOW, remarks
 from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource, TakeStats
 from sse_rl.recipe import Recipe
@@ -52,6 +53,7 @@ class Controller:
         grpo, every = self.recipe.grpo, self.recipe.checkpoint.every
         assert grpo is not None
         rows, last = read_rows(self.run_dir / METRICS), grpo.max_steps
+        said: set[str] = set()
         for step in range(start + 1, grpo.max_steps + 1):
             cursor = self.source.state_dict()
             if reason := collapse(rows, grpo.early_stop):
@@ -85,6 +87,10 @@ class Controller:
             rows.append({"step": step, **metrics})
             self.sinks.log(rows[-1], groups)
             self.console.step(step, grpo.max_steps, metrics)
+            for kind, text in remarks(rows[-WINDOW:], grpo).items():
+                if len(rows) >= WINDOW and kind not in said:
+                    said.add(kind)
+                    self.console.say(f"warning: {text}")
             if step == grpo.max_steps or (every and step % every == 0):
                 self.save(step, self.source.state_dict())
         self._offer(last, self.evaluations.finish(last))

@@ -12,6 +12,7 @@ from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.difficulty import FILE as DIFFICULTY
 from sse_rl.pipeline.difficulty import pass_rates, read_rates
 from sse_rl.pipeline.folder import EVAL, EXPORT, SUMMARY, write_whole
+from sse_rl.pipeline.remarks import WINDOW, remarks
 from sse_rl.recipe import Recipe
 from sse_rl.report.html import write_report
 from sse_rl.report.sinks import METRICS, read_rows
@@ -42,6 +43,7 @@ def summarize(
         "error": None if error is None else f"{type(error).__name__}: {error}",
         "steps": rows[-1]["step"] if rows else 0,
         "stopped_early": stopped_early(rows, recipe),
+        "warnings": warnings(rows, recipe),
         "resumed_after": [*before.get("resumed_after", []), *([start] if start else [])],
         "wall_s": round(before.get("wall_s", 0.0) + seconds, 1),
         "stage_s": stage_seconds(before.get("stage_s", {}), stages),
@@ -116,6 +118,13 @@ def stopped_early(rows: list[dict[str, Any]], recipe: Recipe) -> str | None:
     if recipe.grpo is None or (rows and rows[-1]["step"] == recipe.grpo.max_steps):
         return None
     return collapse(rows, recipe.grpo.early_stop)
+
+
+def warnings(rows: list[dict[str, Any]], recipe: Recipe) -> list[str]:
+    """Remarks on the whole run, and on its last steps what is not said of the whole."""
+    if recipe.grpo is None:
+        return []
+    return list((remarks(rows[-WINDOW:], recipe.grpo) | remarks(rows, recipe.grpo)).values())
 
 
 def difficulty(run_dir: Path) -> dict[str, float] | None:

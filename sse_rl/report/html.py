@@ -95,7 +95,8 @@ def _headline(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     )
     error = summary.get("error")
     shown = f"<pre>{escape(error)}</pre>" if error else ""
-    return f"<p>{status}</p>{shown}<div class=cards>{drawn}</div>"
+    warned = "".join(f"<p><b>{escape(text)}</b></p>" for text in summary.get("warnings", ()))
+    return f"<p>{status}</p>{shown}{warned}<div class=cards>{drawn}</div>"
 
 
 def _evaluations(evaluations: dict[str, dict[str, Any]]) -> str:

@@ -61,6 +61,7 @@ def test_a_run_writes_what_it_promises(whole):
     assert summary["status"] == "finished" and summary["steps"] == 8
     assert summary["eval"]["heldout"].keys() >= {"base", "tuned", "gain"}
     assert summary["stage_s"]["eval"] > 0
+    assert not any("taught nothing" in text for text in summary["warnings"])
     assert sum(summary["stage_s"].values()) < summary["wall_s"]
     assert [row["step"] for row in metrics(whole)] == list(range(1, 9))
     assert metrics(whole)[-1]["rewards/sse_test_rewards:closeness"] > 0
