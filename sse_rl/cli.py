@@ -202,12 +202,15 @@ def regrade(
 
     from sse_rl.evaluation import evaluation_folders
     from sse_rl.pipeline.evaluate import as_user_error
+    from sse_rl.pipeline.summary import rescore
 
     as_user_error(check_formats, _names(logs))
     summaries, folders = {}, {path.name: path for path in evaluation_folders(folder)}
     for name, path in folders.items():
         summaries[name] = as_user_error(sse_eval.regrade, path)
         _write_logs(path, logs)
+    if (folder / "recipe.yaml").is_file():
+        rescore(folder)
     _show_scores(summaries, folders, fail_under)
 
 

@@ -211,6 +211,8 @@ def test_doctor_names_versions_and_devices(call):
         (["report", "none"], "none"),
         (["export", "none", "out"], "none"),
         (["eval", "none", "--benchmark", "x.jsonl"], "none: no model there"),
+        (["eval", "org/x", "--benchmark", "x.jsonl"], "sse-rl convert org/x FOLDER"),
+        (["eval", "x.gguf", "--benchmark", "x.jsonl"], "sse-rl convert x.gguf FOLDER"),
         (["compare", "none", "none"], "none"),
         (["grade", "none.jsonl"], "none.jsonl"),
     ],

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from sse_eval import SampleOutput, SampleRequest, evaluate
 from sse_eval.types import Message
 
@@ -118,6 +119,24 @@ def test_a_served_model_is_measured_logged_regraded_and_compared(call, url, sums
 
     code, shown, _ = call("compare", out, out / "sums", "--max-drop", "0")
     assert code == 0 and "+0.0 points" in shown
+
+
+def test_a_regraded_run_has_its_new_scores_in_its_summary(call, url, sums, tmp_path):
+    run = tmp_path / "mine"
+    asked = ("--endpoint", url, "--benchmark", sums, "--samples", 2, "--max-tokens", 64)
+    assert call("eval", *asked, "--out", tmp_path / "evals")[0] == 0
+    recipe = (Path(__file__).parents[1] / "recipes/quickstart.yaml").read_text()
+    steps = yaml.safe_load(recipe)["grpo"]["max_steps"]
+    for step in (0, steps):
+        shutil.copytree(tmp_path / "evals" / "sums", run / "eval" / f"sums-{step}")
+    (run / "recipe.yaml").write_text(recipe)
+    (run / "metrics.jsonl").write_text(f'{{"step": {steps}}}\n')
+    (run / "summary.json").write_text('{"status": "finished", "eval": {"sums": {"base": 0.1}}}')
+    assert call("regrade", run)[0] == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["eval"]["sums"]["base"] == summary["eval"]["sums"]["tuned"] == 0.5
+    assert "50.0 %" in (run / "report.html").read_text()
 
 
 def test_another_prompt_than_that_of_training_is_remarked(sums, tmp_path):

@@ -166,13 +166,21 @@ def model_folder(path: str) -> Path:
                 raise UserError(f"{folder / 'config.json'}: damaged ({error})") from None
             if model_type == "sse":
                 return folder
-            remedy = f"sse-rl convert {folder} FOLDER --attention-layers all"
-            remedy = f"; one that computes the same is written by: {remedy}"
+            remedy = f"; one that computes the same is written by: {_conversion(folder)}"
             raise UserError(
                 f"{folder}: model_type {model_type!r} is not an SSE-H model"
                 f"{remedy if model_type in FAMILIES else ''}"
             )
-    raise UserError(f"{path}: no model there (looked for config.json in it, model/ and export/)")
+    looks_foreign = root.suffix == ".gguf" or (not root.exists() and len(root.parts) == 2)
+    remedy = f"; a GGUF file or a model of a hub becomes one by: {_conversion(root)}"
+    raise UserError(
+        f"{path}: no model there (looked for config.json in it, model/ and export/)"
+        f"{remedy if looks_foreign else ''}"
+    )
+
+
+def _conversion(source: Path) -> str:
+    return f"sse-rl convert {source} FOLDER --attention-layers all"
 
 
 def load_policy(folder: Path, dtype: torch.dtype | None = None) -> SSEForCausalLM:

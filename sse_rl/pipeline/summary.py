@@ -11,9 +11,10 @@ from sse_rl.pipeline.best import kept
 from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.difficulty import FILE as DIFFICULTY
 from sse_rl.pipeline.difficulty import pass_rates, read_rates
-from sse_rl.pipeline.folder import EVAL, EXPORT, SUMMARY, write_whole
+from sse_rl.pipeline.folder import EVAL, EXPORT, RECIPE, SUMMARY, read_summary, write_whole
 from sse_rl.pipeline.remarks import WINDOW, remarks
 from sse_rl.recipe import Recipe
+from sse_rl.recipe_io import load_recipe
 from sse_rl.report.html import write_report
 from sse_rl.report.sinks import METRICS, read_rows
 
@@ -58,6 +59,15 @@ def summarize(
     write_whole(run_dir / SUMMARY, json.dumps(summary, indent=1))
     write_report(run_dir)
     return summary
+
+
+def rescore(run_dir: Path) -> None:
+    """The scores in summary.json and report.html of a run, from its evaluations as they are now."""
+    summary = read_summary(run_dir)
+    if summary:
+        summary["eval"] = evaluations(run_dir, load_recipe(run_dir / RECIPE))
+        write_whole(run_dir / SUMMARY, json.dumps(summary, indent=1))
+    write_report(run_dir)
 
 
 def stage_seconds(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
