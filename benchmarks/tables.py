@@ -14,7 +14,7 @@ from typing import Any
 
 import conversion_tables
 import kernel_tables
-from markdown_table import table
+from markdown_table import p_value, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -136,8 +136,9 @@ def gsm8k() -> str:
     gain = result["gain"]["heldout"]
     note = (
         f"\nGSM8K's {gain['problems']:,} test problems; {100 * gain['difference']:+.1f} points, "
-        f"p = {gain['p']:.1g} (paired); {result['summary']['wall_s'] / 60:.1f} minutes, "
-        f"evaluations included; {result['device']}, torch {result['torch']}, {result['date']}, "
+        f"{p_value(gain['p'])} (paired; intervals: the same problems asked again); one run of "
+        f"{result['summary']['wall_s'] / 60:.1f} minutes, held-out evaluations included; "
+        f"{result['device']}, torch {result['torch']}, {result['date']}, "
         f"commit {result['commit']}, `{result['command']}`.\n"
     )
     head = ["SmolLM2-135M-Instruct as SSE-H", "avg@8", "maj@8", "pass@8", "greedy"]

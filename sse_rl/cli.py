@@ -408,8 +408,9 @@ def _show_scores(
     for name, summary in summaries.items():
         shown = "no samples"
         if summary["avg"] is not None:
-            interval = summary["ci_sampling"] or summary["ci_bootstrap"]
-            shown = f"{100 * summary['avg']:.1f} % ({between(interval)})"
+            asked_again, others = summary["ci_sampling"], summary["ci_bootstrap"]
+            interval = f"asked again {between(asked_again)}, " if asked_again else ""
+            shown = f"{100 * summary['avg']:.1f} % ({interval}other problems {between(others)})"
         print(f"{name}: avg@{summary['samples']} {shown}")
         for finding in findings(summary):
             if finding.warns or summary["avg"] == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-SHOWN = ("torch", "triton", "transformers", "trl", "ray", "datasets", "vllm")
+SHOWN = ("torch", "triton", "transformers", "trl", "ray", "datasets")
 MIN_SHARED_MEMORY = 2**30
 MIN_DISK = 5 * 2**30
 

@@ -381,8 +381,8 @@ class Rollout(Section):
 
 class Reward(Section):
     name: str
-    """accuracy, boxed, think_format, soft_overlong, repetition, or `package.module:function`
-    in TRL's signature."""
+    """accuracy, boxed, think_format, soft_overlong, repetition, or a function in TRL's signature:
+    `package.module:function` or `FILE.py:function`."""
     weight: float = 1.0
     args: dict[str, Any] = Field(default_factory=dict)
 

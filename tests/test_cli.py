@@ -120,7 +120,7 @@ def test_run_then_report_export_eval_and_compare(call, recipe: Path, tmp_path: P
     options = ("--samples", 2, "--max-tokens", 4, "--address", "local", "--out", out)
     done = command("eval", exported, "--benchmark", problems, *options, "--fail-under", "0.5")
     assert done.returncode == 1, done.stderr
-    assert "two: avg@2 0.0 % (0.0 to " in done.stdout
+    assert "two: avg@2 0.0 % (asked again 0.0 to " in done.stdout
     assert "100.0 % of the answers were cut off at 4 tokens" in done.stdout
     assert "None of 4 answers is right." in done.stdout
     assert {path.name for path in (out / "two").iterdir()} >= {

@@ -104,7 +104,7 @@ def test_a_served_model_is_measured_logged_regraded_and_compared(call, url, sums
     code, shown, err = call("eval", *asked, "--out", out, "--logs", "lm-eval,lighteval")
     assert code == 0, err
     score, *warnings, report = shown.splitlines()[-2:]
-    assert score.startswith("sums: avg@2 50.0 % (") and not warnings
+    assert score.startswith("sums: avg@2 50.0 % (asked again ") and not warnings
     assert report == f"  {out / 'sums' / 'report.md'}"
     names = {path.name for path in (out / "sums").iterdir()}
     assert names >= {"report.html", "samples_sums.jsonl", "details_sums.parquet"}

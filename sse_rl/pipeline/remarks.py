@@ -22,7 +22,8 @@ def remarks(rows: Sequence[Row], grpo: Grpo) -> dict[str, str]:
     """
     if not rows:
         return {}
-    steps = f"steps {rows[0]['step']} to {rows[-1]['step']}"
+    first, last = rows[0]["step"], rows[-1]["step"]
+    steps = f"steps {first} to {last}" if first < last else f"step {last}"
     found = {}
     if all(row.get("frac_reward_zero_std") == 1 for row in rows):
         found["signal"] = (

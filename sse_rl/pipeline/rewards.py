@@ -10,8 +10,11 @@ import importlib
 import inspect
 import logging
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ray
@@ -35,16 +38,32 @@ MAX_RESTARTS = 3
 
 def check_components(components: list[Reward]) -> None:
     """Raise UserError for a component that cannot be had: unknown, given twice, not importable."""
-    names = [component.name for component in components]
+    names, sources = [component.name for component in components], read_sources(components)
     for place, component in enumerate(components):
         if component.name in names[:place]:
             raise UserError(f"rewards.components.{place}: {component.name!r} is there twice")
         if component.name not in GRADED:
-            reward_function(component)
+            reward_function(component, sources.get(component.name))
         if component.name in ARGLESS and component.args:
             raise UserError(
                 f"rewards.components.{place}.args = {component.args}: {component.name} takes none"
             )
+
+
+def read_sources(components: list[Reward]) -> dict[str, str]:
+    """The text of each component that is `FILE.py:function`, by its name: an actor on another
+    machine may have no such file. Raises UserError naming a file that cannot be read."""
+    sources = {}
+    for component in components:
+        file = component.name.rpartition(":")[0]
+        if file.endswith(".py"):
+            try:
+                sources[component.name] = Path(file).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"rewards.components: {component.name!r}: {file} cannot be read: {error}"
+                ) from None
+    return sources
 
 
 @dataclass(slots=True)
@@ -70,13 +89,13 @@ class Score:
 class RewardWorker:
     """The Ray actor that scores batches of samples."""
 
-    def __init__(self, rewards: Rewards) -> None:
+    def __init__(self, rewards: Rewards, sources: Mapping[str, str]) -> None:
         from sse_rewards import RewardPool
 
         self._rewards = rewards
         self._pool = RewardPool(workers=rewards.num_workers, time_limit=rewards.time_limit_s)
         self._functions = {
-            reward.name: reward_function(reward)
+            reward.name: reward_function(reward, sources.get(reward.name))
             for reward in rewards.components
             if reward.name not in GRADED
         }
@@ -158,15 +177,17 @@ def combine(values: dict[str, float | None], components: list[Reward]) -> float 
     return float(sum(weight * value for weight, value in present))
 
 
-def reward_function(reward: Reward) -> RewardFunction:
-    """TRL's overlong, repetition and think-format rewards by name, or `package.module:function`.
+def reward_function(reward: Reward, source: str | None = None) -> RewardFunction:
+    """TRL's overlong, repetition and think-format rewards by name, `package.module:function`, or
+    `FILE.py:function` of a file whose text is `source`.
 
     Raises UserError naming the component if there is no such function.
     """
     if ":" in reward.name:
-        module, _, name = reward.name.partition(":")
+        place, _, name = reward.name.rpartition(":")
         try:
-            function = getattr(importlib.import_module(module), name)
+            module = _module(place, source) if source else importlib.import_module(place)
+            function = getattr(module, name)
         except Exception as error:  # a module of the user's may raise anything
             raise UserError(
                 f"rewards.components: {reward.name!r} cannot be imported: "
@@ -186,13 +207,21 @@ def reward_function(reward: Reward) -> RewardFunction:
     if reward.name not in named:
         known = ", ".join(["accuracy", "boxed", *named])
         raise UserError(
-            f"rewards.components: unknown reward {reward.name!r}; known are {known}, or "
-            "package.module:function"
+            f"rewards.components: unknown reward {reward.name!r}; known are {known}, "
+            "package.module:function, or FILE.py:function"
         )
     try:
         return named[reward.name]()
     except TypeError as error:
         raise UserError(f"rewards.components: {reward.name}: args {reward.args}: {error}") from None
+
+
+def _module(file: str, source: str) -> ModuleType:
+    """The module that `source` defines, known to `sys.modules` as a dataclass in it needs it."""
+    module = ModuleType(f"sse_rl_reward_{Path(file).stem}")
+    sys.modules[module.__name__] = module
+    exec(compile(source, file, "exec"), vars(module))
+    return module
 
 
 def _check_arguments(function: RewardFunction, reward: Reward) -> None:

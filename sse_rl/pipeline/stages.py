@@ -44,7 +44,7 @@ from sse_rl.pipeline.folder import (
 )
 from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
-from sse_rl.pipeline.rewards import RewardWorker, Scorer, check_components
+from sse_rl.pipeline.rewards import RewardWorker, Scorer, check_components, read_sources
 from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource
 from sse_rl.pipeline.summary import summarize
@@ -435,6 +435,7 @@ class Job:
     def _spawn_scorer(self) -> Scorer:
         rewards, cpus = self.recipe.rewards, self.recipe.cluster.reward_cpus
         actor = ray.remote(RewardWorker).options(num_cpus=cpus)
-        scorer = Scorer(lambda: actor.remote(rewards), timeout_s=2 * rewards.batch_timeout_s)
+        arguments = rewards, read_sources(rewards.components)
+        scorer = Scorer(lambda: actor.remote(*arguments), timeout_s=2 * rewards.batch_timeout_s)
         self.actors.callback(scorer.close)
         return scorer

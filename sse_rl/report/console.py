@@ -71,7 +71,11 @@ class RunConsole:
             self._panel = self._draw(step, max_steps)
             self._live.update(self._panel)
         else:
-            values = "  ".join(f"{label} {row[-1]:.4g}" for label, row in self._history.items())
+            values = "  ".join(
+                f"{label} {row[-1]:.4g}"
+                for label, row in self._history.items()
+                if SHOWN[label] in metrics
+            )
             self._line(f"grpo {step}/{max_steps}  {values}", last=step == max_steps)
 
     def _line(self, text: str, *, last: bool = False) -> None:

@@ -123,7 +123,11 @@ def _evaluations(evaluations: dict[str, dict[str, Any]]) -> str:
         )
         for name, entry in evaluations.items()
     )
-    return f"<h2>Evaluations</h2><div class=wide><table><tr>{head}{body}</table></div>"
+    return (
+        f"<h2>Evaluations</h2><div class=wide><table><tr>{head}{body}</table></div>"
+        "<p>In 95 of 100 cases, were the same problems asked again. The bars below: were other "
+        "problems of the kind asked.</p>"
+    )
 
 
 def _facts(summary: dict[str, Any]) -> str:
@@ -154,14 +158,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _intervals(run_dir: Path) -> dict[str, list[tuple[int, float, float]]]:
-    """Of each evaluation of the run: metric -> (step, low, high)."""
+    """Of each evaluation of the run: metric -> (step, low, high) with other problems."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for path in run_dir.glob("eval/*-*/summary.json"):
         protocol, _, step = path.parent.name.rpartition("-")
         scores = json.loads(path.read_text())
-        interval = scores["ci_sampling"] or scores["ci_bootstrap"]
-        if interval:
-            found.setdefault(f"eval/{protocol}", []).append((int(step), *interval))
+        if scores["ci_bootstrap"]:
+            bounds = (int(step), *scores["ci_bootstrap"])
+            found.setdefault(f"eval/{protocol}", []).append(bounds)
     return found
 
 
