@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -186,8 +187,8 @@ def reward_function(reward: Reward, source: str | None = None) -> RewardFunction
     if ":" in reward.name:
         place, _, name = reward.name.rpartition(":")
         try:
-            module = _module(place, source) if source else importlib.import_module(place)
-            function = getattr(module, name)
+            load = importlib.import_module if source is None else partial(_module, source=source)
+            function = getattr(load(place), name)
         except Exception as error:  # a module of the user's may raise anything
             raise UserError(
                 f"rewards.components: {reward.name!r} cannot be imported: "
@@ -218,8 +219,7 @@ def reward_function(reward: Reward, source: str | None = None) -> RewardFunction
 
 def _module(file: str, source: str) -> ModuleType:
     """The module that `source` defines, known to `sys.modules` as a dataclass in it needs it."""
-    module = ModuleType(f"sse_rl_reward_{Path(file).stem}")
-    sys.modules[module.__name__] = module
+    module = sys.modules[file] = ModuleType(file)
     exec(compile(source, file, "exec"), vars(module))
     return module
 
