@@ -23,7 +23,7 @@ from sse_rl.data.tokenizer import end_token_ids, load_tokenizer
 from sse_rl.errors import Interrupted, UserError
 from sse_rl.pipeline import cluster, difficulty
 from sse_rl.pipeline.benchmarks import RunBenchmark, answer_tokens, run_benchmarks
-from sse_rl.pipeline.best import BEST
+from sse_rl.pipeline.best import BEST, kept, restore
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder
 from sse_rl.pipeline.controller import Controller, publish
 from sse_rl.pipeline.evaluate import (
@@ -50,7 +50,7 @@ from sse_rl.pipeline.source import GroupSource
 from sse_rl.pipeline.summary import summarize
 from sse_rl.recipe import Grpo, Recipe
 from sse_rl.report.console import RunConsole
-from sse_rl.report.sinks import Sinks
+from sse_rl.report.sinks import METRICS, Sinks, read_rows
 from sse_rl.rollout.worker import EngineSpec
 from sse_rl.types import Prompt
 
@@ -287,6 +287,9 @@ class Job:
         )
         if start:
             controller.load(start)
+        if start and recipe.checkpoint.best and kept(self.run_dir) is None:
+            saved = {s: step_folder(self.run_dir, s) / "model" for s in saved_steps(self.run_dir)}
+            restore(self.run_dir, read_rows(self.run_dir / METRICS), {0: base} | saved)
         publish(learner, pool, version=start, timeout_s=timeout_s)
         controller.train(start)
 
