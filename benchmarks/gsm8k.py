@@ -291,7 +291,7 @@ def resumptions(results: list[dict[str, Any]]) -> str:
             rows.append([result["name"], f"{step}", *cells])
     head = ["run", "resumed after step", *AROUND_A_STOP]
     means = "Means of the ten steps before each stop and the ten after.\n"
-    return f"## Interrupted and resumed\n\n{table(head, rows)}\n{means}"
+    return f"## Interrupted and resumed\n\n{table(head, rows)}\n{means}" if rows else ""
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -393,17 +393,19 @@ def _curve(result: dict[str, Any], key: str) -> Curve:
     found = sorted(
         (_place(entry)[1], entry[1])
         for entry in result["evaluations"].items()
-        if _place(entry)[0] == key.removeprefix("eval/")
+        if _place(entry)[0] == key.removeprefix("eval/") and entry[1].get("avg") is not None
     )
-    intervals = [(step, *scores["ci_bootstrap"]) for step, scores in found]
+    intervals = [(at, *scores["ci_bootstrap"]) for at, scores in found if scores["ci_bootstrap"]]
     return Curve(key, [(step, scores["avg"]) for step, scores in found], intervals)
 
 
 def samples(result: dict[str, Any]) -> str:
     """Greedy answers before and after; those that became right first."""
     turned = lambda row: row["after"]["reward"] - row["before"]["reward"]
-    chosen = sorted(result["samples"], key=turned, reverse=True)[:SHOWN_SAMPLES]
+    chosen = sorted(result["samples"], key=lambda row: turned(row) <= 0)[:SHOWN_SAMPLES]
     quote = lambda text: "\n".join(f"> {line}" for line in text.strip().splitlines())
+    if not chosen:
+        return ""
     better, worse = (sum(turned(row) * way > 0 for row in result["samples"]) for way in (1, -1))
     return (
         f"Greedy answers. Of the first {len(result['samples'])} test problems {better} became "

@@ -210,7 +210,10 @@ def regrade(
         summaries[name] = as_user_error(sse_eval.regrade, path)
         _write_logs(path, logs)
     if (folder / "recipe.yaml").is_file():
-        rescore(folder)
+        try:
+            rescore(folder)
+        except UserError as error:  # a recipe of another version; the evaluations are graded
+            print(f"sse-rl: the run's summary stays as it was: {error}", file=sys.stderr)
     _show_scores(summaries, folders, fail_under)
 
 

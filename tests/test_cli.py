@@ -212,6 +212,10 @@ def test_doctor_names_versions_and_devices(call):
         (["export", "none", "out"], "none"),
         (["eval", "none", "--benchmark", "x.jsonl"], "none: no model there"),
         (["eval", "org/x", "--benchmark", "x.jsonl"], "sse-rl convert org/x FOLDER"),
+        (
+            ["recipe", "check", "{recipe}", "--set", "rewards.components=[{name: no/mine.py:f}]"],
+            "rewards.components.0.name = no/mine.py: no such file",
+        ),
         (["eval", "x.gguf", "--benchmark", "x.jsonl"], "sse-rl convert x.gguf FOLDER"),
         (["compare", "none", "none"], "none"),
         (["grade", "none.jsonl"], "none.jsonl"),

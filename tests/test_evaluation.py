@@ -138,6 +138,10 @@ def test_a_regraded_run_has_its_new_scores_in_its_summary(call, url, sums, tmp_p
     assert summary["eval"]["sums"]["base"] == summary["eval"]["sums"]["tuned"] == 0.5
     assert "50.0 %" in (run / "report.html").read_text()
 
+    (run / "recipe.yaml").write_text(recipe + "gone: 1\n")  # of another version
+    code, shown, err = call("regrade", run, "--fail-under", "0.6")
+    assert code == 1 and "avg@2 50.0 %" in shown and "gone" in err
+
 
 def test_another_prompt_than_that_of_training_is_remarked(sums, tmp_path):
     run = tmp_path / "mine"

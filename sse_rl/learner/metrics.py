@@ -53,7 +53,7 @@ def trajectory_metrics(groups: list[Group]) -> dict[str, float]:
     return {
         "reward": float(known.mean()) if len(known) else float("nan"),
         "reward_std": deviation(values),
-        "frac_reward_zero_std": float(np.isclose(spreads, 0.0).mean()),
+        "frac_reward_zero_std": float(np.isclose(np.nan_to_num(spreads), 0.0).mean()),
         "completion_length/mean": float(lengths.mean()),
         "completion_length/min": float(lengths.min()),
         "completion_length/max": float(lengths.max()),

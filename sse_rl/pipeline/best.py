@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from shutil import copytree
 from typing import Any, NamedTuple
 
 from sse_rl.errors import UserError
@@ -38,15 +36,19 @@ def offer(
     return True
 
 
-def restore(run_dir: Path, rows: Sequence[Mapping[str, Any]], models: Mapping[int, Path]) -> None:
-    """Offer `models`, step -> folder, with their scores in `rows`, the metrics of the steps.
+def restore(
+    run_dir: Path,
+    rows: Sequence[Mapping[str, Any]],
+    savers: Mapping[int, Callable[[Path], Any]],
+) -> None:
+    """Offer the weights of steps, as `savers` write them, with their scores in `rows`, the metrics.
 
     After a resume from before the best these are the weights that are left to choose from.
     """
     scores = {row["step"] - 1: row for row in rows}  # logged with the step after
-    for step in sorted(models):
+    for step in sorted(savers):
         found = {k: v for k, v in scores.get(step, {}).items() if k.startswith("eval/")}
-        offer(run_dir, step, found, partial(copytree, models[step]))
+        offer(run_dir, step, found, savers[step])
 
 
 def kept(run_dir: Path) -> Best | None:

@@ -28,7 +28,7 @@ def collapse(rows: Sequence[Row], limits: EarlyStop | None) -> str | None:
         ("reward", "min_reward_share", _reward_bound(rows, limits), False),
     )
     for metric, key, bound, above in bounds:
-        value = _mean(now, metric)
+        value = mean(now, metric)
         if bound is not None and (value > bound if above else value < bound):
             return (
                 f"{metric} was {value:.4g} over the last {limits.window} steps, "
@@ -42,12 +42,12 @@ def _reward_bound(rows: Sequence[Row], limits: EarlyStop) -> float | None:
     if limits.min_reward_share is None:
         return None
     windows = range(limits.window, len(rows) + 1)
-    means = (_mean(rows[end - limits.window : end], "reward") for end in windows)
-    best = max((mean for mean in means if not math.isnan(mean)), default=0.0)
+    means = (mean(rows[end - limits.window : end], "reward") for end in windows)
+    best = max((value for value in means if not math.isnan(value)), default=0.0)
     return limits.min_reward_share * best if best > 0 else None
 
 
-def _mean(rows: Sequence[Row], metric: str) -> float:
+def mean(rows: Sequence[Row], metric: str) -> float:
     """Over the rows that have the metric; NaN, which no bound refuses, if none has.
 
     A row that has it as NaN counts as one without, as it is written: a resumed run judges the same.

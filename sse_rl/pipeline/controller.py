@@ -88,7 +88,7 @@ class Controller:
             self.sinks.log(rows[-1], groups)
             self.console.step(step, grpo.max_steps, metrics)
             for kind, text in remarks(rows[-WINDOW:], grpo).items():
-                if len(rows) >= WINDOW and kind not in said:
+                if kind not in said:
                     said.add(kind)
                     self.console.say(f"warning: {text}")
             if step == grpo.max_steps or (every and step % every == 0):

@@ -171,7 +171,7 @@ def model_folder(path: str) -> Path:
                 f"{folder}: model_type {model_type!r} is not an SSE-H model"
                 f"{remedy if model_type in FAMILIES else ''}"
             )
-    looks_foreign = root.suffix == ".gguf" or (not root.exists() and len(root.parts) == 2)
+    looks_foreign = root.suffix == ".gguf" or (not root.parent.exists() and len(root.parts) == 2)
     remedy = f"; a GGUF file or a model of a hub becomes one by: {_conversion(root)}"
     raise UserError(
         f"{path}: no model there (looked for config.json in it, model/ and export/)"

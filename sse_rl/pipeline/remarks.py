@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
+from sse_rl.pipeline.collapse import Row, mean
 from sse_rl.recipe import Grpo
 
-Row = Mapping[str, Any]
 WINDOW = 10
 """Steps that are judged together: a single batch without signal is no rarity."""
 MANY = 0.5
@@ -15,22 +15,23 @@ MANY = 0.5
 
 
 def remarks(rows: Sequence[Row], grpo: Grpo) -> dict[str, str]:
-    """Kind of remark -> text, of `rows`, the metrics of consecutive steps; {} if all is well.
+    """Kind of remark -> text, of `rows`, the metrics of consecutive steps; {} if all is well, or if
+    there are less than `WINDOW`.
 
     "signal": in no step had a prompt's answers different rewards, so that these taught nothing.
     "truncated": most answers were cut off, and what is cut off is rarely right.
     """
-    if not rows:
+    if len(rows) < WINDOW:
         return {}
-    first, last = rows[0]["step"], rows[-1]["step"]
-    steps = f"steps {first} to {last}" if first < last else f"step {last}"
+    steps, reward = f"steps {rows[0]['step']} to {rows[-1]['step']}", mean(rows, "reward")
     found = {}
     if all(row.get("frac_reward_zero_std") == 1 for row in rows):
         found["signal"] = (
             f"rewards taught nothing in {steps}: all answers to a prompt had the same, "
-            f"{_mean(rows, 'reward'):.3g} in the mean{_statuses(rows)}; samples.jsonl shows answers"
+            f"{'none' if math.isnan(reward) else f'{reward:.3g} in the mean'}{_statuses(rows)}; "
+            "samples.jsonl shows answers"
         )
-    cut_off = _mean(rows, "truncated")
+    cut_off = mean(rows, "truncated")
     if cut_off > MANY:
         found["truncated"] = (
             f"{100 * cut_off:.0f} % of the answers in {steps} were cut off at "
@@ -42,11 +43,9 @@ def remarks(rows: Sequence[Row], grpo: Grpo) -> dict[str, str]:
 def _statuses(rows: Sequence[Row]) -> str:
     """The graders' verdicts, the most frequent first."""
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("status/"))
-    shares = {key.removeprefix("status/"): _mean(rows, key) for key in keys}
+    shares = {
+        key.removeprefix("status/"): sum(row.get(key, 0.0) for row in rows) / len(rows)
+        for key in keys
+    }
     ranked = sorted(shares.items(), key=lambda item: -item[1])
     return "".join(f", {name} {100 * share:.0f} %" for name, share in ranked)
-
-
-def _mean(rows: Sequence[Row], key: str) -> float:
-    """Over all rows; one without the key counts as 0."""
-    return sum(row.get(key) or 0.0 for row in rows) / len(rows)

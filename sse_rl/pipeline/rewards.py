@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,8 +37,11 @@ ARGLESS = (*GRADED, "think_format")
 MAX_RESTARTS = 3
 
 
-def check_components(components: list[Reward]) -> None:
-    """Raise UserError for a component that cannot be had: unknown, given twice, not importable."""
+def check_components(components: list[Reward]) -> dict[str, bytes]:
+    """The sources of those that are files, by name: what is run is what was checked.
+
+    Raises UserError for a component that cannot be had: unknown, given twice, not importable.
+    """
     names, sources = [component.name for component in components], read_sources(components)
     for place, component in enumerate(components):
         if component.name in names[:place]:
@@ -49,18 +52,19 @@ def check_components(components: list[Reward]) -> None:
             raise UserError(
                 f"rewards.components.{place}.args = {component.args}: {component.name} takes none"
             )
+    return sources
 
 
-def read_sources(components: list[Reward]) -> dict[str, str]:
-    """The text of each component that is `FILE.py:function`, by its name: an actor on another
+def read_sources(components: list[Reward]) -> dict[str, bytes]:
+    """The content of each component that is `FILE.py:function`, by its name: an actor on another
     machine may have no such file. Raises UserError naming a file that cannot be read."""
     sources = {}
     for component in components:
         file = component.name.rpartition(":")[0]
         if file.endswith(".py"):
             try:
-                sources[component.name] = Path(file).read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
+                sources[component.name] = Path(file).read_bytes()
+            except OSError as error:
                 raise UserError(
                     f"rewards.components: {component.name!r}: {file} cannot be read: {error}"
                 ) from None
@@ -90,7 +94,7 @@ class Score:
 class RewardWorker:
     """The Ray actor that scores batches of samples."""
 
-    def __init__(self, rewards: Rewards, sources: Mapping[str, str]) -> None:
+    def __init__(self, rewards: Rewards, sources: Mapping[str, bytes]) -> None:
         from sse_rewards import RewardPool
 
         self._rewards = rewards
@@ -178,9 +182,9 @@ def combine(values: dict[str, float | None], components: list[Reward]) -> float 
     return float(sum(weight * value for weight, value in present))
 
 
-def reward_function(reward: Reward, source: str | None = None) -> RewardFunction:
+def reward_function(reward: Reward, source: bytes | None = None) -> RewardFunction:
     """TRL's overlong, repetition and think-format rewards by name, `package.module:function`, or
-    `FILE.py:function` of a file whose text is `source`.
+    `FILE.py:function` of a file whose content is `source`.
 
     Raises UserError naming the component if there is no such function.
     """
@@ -217,10 +221,12 @@ def reward_function(reward: Reward, source: str | None = None) -> RewardFunction
         raise UserError(f"rewards.components: {reward.name}: args {reward.args}: {error}") from None
 
 
-def _module(file: str, source: str) -> ModuleType:
+@cache
+def _module(file: str, source: bytes) -> ModuleType:
     """The module that `source` defines, known to `sys.modules` as a dataclass in it needs it."""
     module = sys.modules[file] = ModuleType(file)
-    exec(compile(source, file, "exec"), vars(module))
+    module.__file__ = file
+    exec(compile(source, file, "exec", dont_inherit=True), vars(module))
     return module
 
 

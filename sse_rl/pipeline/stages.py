@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import ray
@@ -44,7 +46,7 @@ from sse_rl.pipeline.folder import (
 )
 from sse_rl.pipeline.interrupt import stop_signal
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
-from sse_rl.pipeline.rewards import RewardWorker, Scorer, check_components, read_sources
+from sse_rl.pipeline.rewards import RewardWorker, Scorer, check_components
 from sse_rl.pipeline.rollouts import RolloutPool
 from sse_rl.pipeline.source import GroupSource
 from sse_rl.pipeline.summary import summarize
@@ -139,6 +141,8 @@ class Job:
     """Tokens that the model may read."""
     max_model_len: int
     """Tokens of the longest prompt and its answer that the run asks for."""
+    reward_sources: dict[str, bytes]
+    """Files of reward functions, as they were checked."""
     console: RunConsole = field(default_factory=lambda: RunConsole("run"))
     interrupted: Callable[[], None] = lambda: None
     progressed: Callable[[], object] = lambda: None
@@ -155,7 +159,7 @@ class Job:
         from sse_rl.pipeline.initial import context_length
         from sse_rl.pipeline.texts import check_texts
 
-        check_components(recipe.rewards.components)
+        reward_sources = check_components(recipe.rewards.components)
         if recipe.grpo is not None:
             difficulty.check(recipe.grpo.difficulty)
         tokenizer = load_tokenizer(recipe.data)
@@ -192,6 +196,7 @@ class Job:
             benchmarks,
             context,
             longest,
+            reward_sources,
         )
 
     def plan(self) -> dict[str, Any]:
@@ -288,10 +293,24 @@ class Job:
         if start:
             controller.load(start)
         if start and recipe.checkpoint.best and kept(self.run_dir) is None:
-            saved = {s: step_folder(self.run_dir, s) / "model" for s in saved_steps(self.run_dir)}
-            restore(self.run_dir, read_rows(self.run_dir / METRICS), {0: base} | saved)
+            self._restore_best(base)
         publish(learner, pool, version=start, timeout_s=timeout_s)
         controller.train(start)
+
+    def _restore_best(self, base: Path) -> None:
+        """After a resume from before the best weights: choose among those that are left."""
+        import torch
+
+        from sse_rl.pipeline.evaluate import load_policy
+
+        def save_base(folder: Path) -> None:  # as it was scored
+            load_policy(base, getattr(torch, self.recipe.model.dtype)).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        savers: dict[int, Callable[[Path], Any]] = {0: save_base}
+        for step in saved_steps(self.run_dir):
+            savers[step] = partial(copytree, step_folder(self.run_dir, step) / "model")
+        restore(self.run_dir, read_rows(self.run_dir / METRICS), savers)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -438,7 +457,7 @@ class Job:
     def _spawn_scorer(self) -> Scorer:
         rewards, cpus = self.recipe.rewards, self.recipe.cluster.reward_cpus
         actor = ray.remote(RewardWorker).options(num_cpus=cpus)
-        arguments = rewards, read_sources(rewards.components)
-        scorer = Scorer(lambda: actor.remote(*arguments), timeout_s=2 * rewards.batch_timeout_s)
+        spawn = lambda: actor.remote(rewards, self.reward_sources)
+        scorer = Scorer(spawn, timeout_s=2 * rewards.batch_timeout_s)
         self.actors.callback(scorer.close)
         return scorer

@@ -11,11 +11,12 @@ from sse_rl.pipeline.best import kept
 from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.difficulty import FILE as DIFFICULTY
 from sse_rl.pipeline.difficulty import pass_rates, read_rates
-from sse_rl.pipeline.folder import EVAL, EXPORT, RECIPE, SUMMARY, read_summary, write_whole
+from sse_rl.pipeline.folder import EXPORT, RECIPE, SUMMARY, read_summary, write_whole
 from sse_rl.pipeline.remarks import WINDOW, remarks
 from sse_rl.recipe import Recipe
 from sse_rl.recipe_io import load_recipe
 from sse_rl.report.html import write_report
+from sse_rl.report.scores import scored
 from sse_rl.report.sinks import METRICS, read_rows
 
 WHEN = {"avg": "", "ci_sampling": "_interval", "boxed": "_boxed", "truncated": "_truncated"}
@@ -62,7 +63,8 @@ def summarize(
 
 
 def rescore(run_dir: Path) -> None:
-    """The scores in summary.json and report.html of a run, from its evaluations as they are now."""
+    """The scores in summary.json and report.html of a run, from its evaluations as they are now;
+    what they were when the best weights were chosen stays."""
     summary = read_summary(run_dir)
     if summary:
         summary["eval"] = evaluations(run_dir, load_recipe(run_dir / RECIPE))
@@ -104,12 +106,10 @@ def evaluations(run_dir: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
     if stopped_early(rows, recipe):
         last = rows[-1]["step"]
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted((run_dir / EVAL).glob("*/summary.json")):
-        name, _, step = path.parent.name.rpartition("-")
-        when = {"0": "base", str(last): "tuned"}.get(step)
+    for name, step, summary in scored(run_dir):
+        when = {0: "base", last: "tuned"}.get(step)
         if when is None:
             continue
-        summary = json.loads(path.read_text())
         benchmark, greedy = name.removesuffix("_greedy"), name.endswith("_greedy")
         entry = found.setdefault(benchmark, {})
         if greedy:

@@ -28,9 +28,9 @@ def draw(curves: Sequence[Curve], *, named: bool = False) -> str:
     Several curves bear their labels; one alone only if it is to be `named`.
     """
     points = [point for curve in curves for point in curve.points]
+    points += [(x, y) for curve in curves for x, *ends in curve.intervals for y in ends]
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-    bounds = [y for curve in curves for _, *ends in curve.intervals for y in ends]
-    low_y, high_y = _range([y for _, y in points] + bounds)
+    low_y, high_y = _range([y for _, y in points])
     at_x = lambda x: LEFT + (RIGHT - LEFT) * (x - low_x) / ((high_x - low_x) or 1)
     at_y = lambda y: BOTTOM - (BOTTOM - TOP) * (y - low_y) / (high_y - low_y)
     parts = []

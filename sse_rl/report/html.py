@@ -9,6 +9,7 @@ from typing import Any
 
 from sse_rl.errors import UserError
 from sse_rl.report.curves import Curve, draw
+from sse_rl.report.scores import Scored, scored
 from sse_rl.report.sinks import METRICS, SAMPLES, read_rows
 
 CURVES = {
@@ -45,7 +46,7 @@ dd{margin:0;text-align:right;overflow-wrap:anywhere}h2+table td{white-space:nowr
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the files of the run, finished or not, and return its path.
 
-    Raises UserError if `run_dir` holds no run.
+    Raises UserError if `run_dir` holds no run, or a damaged evaluation.
     """
     summary_path = run_dir / "summary.json"
     if not (run_dir / "recipe.yaml").exists():
@@ -54,7 +55,7 @@ def write_report(run_dir: Path) -> Path:
     rows, samples = read_rows(run_dir / METRICS), read_rows(run_dir / SAMPLES)
     recipe = (run_dir / "recipe.yaml").read_text()
     path = run_dir / "report.html"
-    text = page(summary, rows, samples, recipe, _intervals(run_dir))
+    text = page(summary, rows, samples, recipe, list(scored(run_dir)))
     path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
@@ -64,7 +65,7 @@ def page(
     rows: list[dict[str, Any]],
     samples: list[dict[str, Any]],
     recipe: str,
-    intervals: dict[str, list[tuple[int, float, float]]],
+    scores: list[Scored],
 ) -> str:
     name = escape(str(summary.get("name", "run")))
     return (
@@ -72,7 +73,7 @@ def page(
         '<meta name=viewport content="width=device-width,initial-scale=1">'
         f'<link rel=icon href="data:,"><style>{STYLE}</style><h1>{name}</h1>'
         f"{_headline(summary, rows)}{_evaluations(summary.get('eval', {}))}"
-        f"<h2>How it learned</h2><div class=curves>{_curves(rows, summary, intervals)}</div>"
+        f"<h2>How it learned</h2><div class=curves>{_curves(rows, scores)}</div>"
         f"{_facts(summary)}{_samples(samples)}<h2>Recipe</h2><pre>{escape(recipe)}</pre></html>"
     )
 
@@ -157,44 +158,22 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _intervals(run_dir: Path) -> dict[str, list[tuple[int, float, float]]]:
-    """Of each evaluation of the run: metric -> (step, low, high) with other problems."""
-    found: dict[str, list[tuple[int, float, float]]] = {}
-    for path in run_dir.glob("eval/*-*/summary.json"):
-        protocol, _, step = path.parent.name.rpartition("-")
-        scores = json.loads(path.read_text())
-        if scores["ci_bootstrap"]:
-            bounds = (int(step), *scores["ci_bootstrap"])
-            found.setdefault(f"eval/{protocol}", []).append(bounds)
-    return found
-
-
-def _curves(
-    rows: list[dict[str, Any]],
-    summary: dict[str, Any],
-    intervals: dict[str, list[tuple[int, float, float]]],
-) -> str:
-    last = {  # the final evaluation stands in no step's row
-        f"eval/heldout{suffix}": summary.get("eval", {}).get("heldout", {}).get(f"tuned{suffix}")
-        for suffix in ("", "_greedy")
-    }
+def _curves(rows: list[dict[str, Any]], scores: list[Scored]) -> str:
     figures = []
     for title, keys in CURVES.items():
-        curves = []
-        for key in keys:
-            points = [(_step(r, key), r[key]) for r in rows if r.get(key) is not None]
-            if rows and last.get(key) is not None:
-                points.append((rows[-1]["step"], last[key]))
-            if points:
-                curves.append(Curve(key, points, intervals.get(key, ())))
+        curves = [curve for curve in (_curve(rows, scores, key) for key in keys) if curve.points]
         if curves:
             figures.append(f"<figure><figcaption>{title}</figcaption>{draw(curves)}</figure>")
     return "".join(figures)
 
 
-def _step(row: dict[str, Any], key: str) -> int:
-    """The step that a value belongs to: scores are logged later than the weights they are of."""
-    return row.get("eval/step", row["step"] - 1) if key.startswith("eval/") else row["step"]
+def _curve(rows: list[dict[str, Any]], scores: list[Scored], key: str) -> Curve:
+    """A metric of the steps; of evaluations the score, and where other problems might take it."""
+    if not key.startswith("eval/"):
+        return Curve(key, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
+    found = sorted((s.step, s.summary) for s in scores if f"eval/{s.protocol}" == key)
+    bars = [(step, *s["ci_bootstrap"]) for step, s in found if s.get("ci_bootstrap")]
+    return Curve(key, [(step, s["avg"]) for step, s in found], bars)
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

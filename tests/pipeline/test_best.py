@@ -39,14 +39,12 @@ def test_a_resume_from_before_the_best_forgets_it(tmp_path: Path):
 
 
 def test_a_resume_from_before_the_best_chooses_among_what_is_left(tmp_path: Path):
-    models = {step: tmp_path / f"step-{step}" for step in (0, 6, 9)}
-    for step, folder in models.items():
-        save(f"of step {step}")(folder)
+    savers = {step: save(f"of step {step}") for step in (0, 6, 9)}
     scored = {1: 0.3, 4: 0.8, 7: 0.4}  # those of step 3 were not kept, step 9 was not evaluated
     rows = [{"step": n, "reward": 1.0} for n in range(1, 10)]
     for n, score in scored.items():
         rows[n - 1]["eval/a"] = score
-    restore(tmp_path, rows, models)
+    restore(tmp_path, rows, savers)
     assert kept(tmp_path) == Best(6, "eval/a", 0.4)
     assert (tmp_path / BEST / "model" / "weights").read_text() == "of step 6"
 

@@ -7,7 +7,6 @@ from sse_rl.pipeline.rewards import (
     Sample,
     call,
     check_components,
-    read_sources,
     reward_function,
 )
 from sse_rl.recipe import Reward
@@ -34,8 +33,10 @@ def test_a_component_that_cannot_be_had_is_refused_by_name(name, args, message):
         check_components([Reward(name=name, args=args)])
 
 
-MINE = """from __future__ import annotations
-from dataclasses import dataclass
+MINE = """\ufefffrom dataclasses import dataclass
+from pathlib import Path
+
+NAME = Path(__file__).name
 
 @dataclass
 class Counted:
@@ -49,9 +50,8 @@ def length(completions, scale=1.0, **columns):
 def test_a_function_of_a_file_is_read_from_its_text(tmp_path):
     file = tmp_path / "mine.py"
     reward = Reward(name=f"{file}:length", args={"scale": 0.5})
-    file.write_text(MINE)
-    check_components([reward])
-    sources = read_sources([reward, Reward(name="accuracy")])
+    file.write_text(MINE, encoding="utf-8")
+    sources = check_components([reward, Reward(name="accuracy")])
     file.unlink()  # as on another machine
     function = reward_function(reward, sources[reward.name])
     assert call(reward.name, function, SAMPLES) == [0.5, 0.5]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -103,6 +105,28 @@ def test_a_killed_driver_resumes_to_the_same_digits(whole, tmp_path):
     assert metrics(tmp_path) == metrics(whole)
     same = (whole / "tiny" / "samples.jsonl").read_text()
     assert (tmp_path / "tiny" / "samples.jsonl").read_text() == same
+
+
+def test_a_silent_run_says_so_and_a_resume_from_before_its_best_falls_back_to_the_base(tmp_path):
+    settings = {
+        "rewards.components": "[{name: accuracy}]",  # what a fresh model never has
+        "grpo.max_steps": 10,
+        "checkpoint": "{every: 4, best: true, keep: 9}",
+        "eval.every": 5,
+        "model.dtype": "bfloat16",
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    output = finish(start(tmp_path, *options))
+    assert "warning: rewards taught nothing in steps 1 to 10" in output
+    run = tmp_path / "tiny"
+    assert len(json.loads((run / "summary.json").read_text())["warnings"]) == 2
+    weights = load_file(run / "best/model/model.safetensors")
+    shutil.rmtree(run / "best")  # as if it had been of a later step
+    finish(start(tmp_path, *options, "--resume", "4"))
+    assert json.loads((run / "best/score.json").read_text())["step"] == 0
+    again = load_file(run / "best/model/model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(again[k].dtype == w.dtype and again[k].equal(w) for k, w in weights.items())
 
 
 @pytest.mark.long
