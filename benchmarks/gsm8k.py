@@ -56,7 +56,7 @@ INTRODUCTION = """# A pretrained model learns grade-school mathematics
 What `recipes/gsm8k_smollm2.yaml` did as it was at the commits named, drawn by
 `benchmarks/gsm8k.py` from its result files. An evaluation is named by its protocol (`_greedy`:
 temperature 0) and the GRPO step of its weights; step 0 is the model after the cold start. Beside a
-score stand where it would fall, in 95 of 100 cases, if the same problems were asked again, or other
+score stand intervals of 95 %: where it would fall if the same problems were asked again, or other
 problems of the kind; bars in the curve of accuracy are the latter. All settings were scored on the
 test problems: who chooses among them by that has seen the test set. `gsm8k_train.jsonl` and
 `gsm8k_test.jsonl` hold openai/gsm8k as rows {id, problem, answer, solution}.

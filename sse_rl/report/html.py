@@ -126,8 +126,8 @@ def _evaluations(evaluations: dict[str, dict[str, Any]]) -> str:
     )
     return (
         f"<h2>Evaluations</h2><div class=wide><table><tr>{head}{body}</table></div>"
-        "<p>In 95 of 100 cases, were the same problems asked again. The bars below: were other "
-        "problems of the kind asked.</p>"
+        "<p>Intervals are of 95 %: where a score would fall if the same problems were asked again; "
+        "the bars below, if other problems of the kind were.</p>"
     )
 
 
