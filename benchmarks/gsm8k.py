@@ -22,8 +22,10 @@ import yaml
 from markdown_table import p_value, table
 from result_file import RESULTS, add_options, header, save
 from sse_eval.compare import compare
+from sse_eval.words import between
 
-from sse_rl.report.curves import Curve, draw
+from sse_rl.report.curves import Curve, draw, metric_curve
+from sse_rl.report.scores import Scored, scored
 from sse_rl.report.sinks import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -101,8 +103,8 @@ def collect(run: Path, others: dict[str, Path], commit: str | None) -> dict[str,
         "sft": read_rows(run / "sft.jsonl"),
         "steps": read_rows(run / "metrics.jsonl"),
         "evaluations": {name: _scores(path) for name, path in folders.items()},
-        "gain": _gain(run / "eval"),
-        "samples": _samples(run / "eval"),
+        "gain": _gain(run),
+        "samples": _samples(run),
     }
 
 
@@ -114,10 +116,10 @@ def _scores(folder: Path) -> dict[str, Any]:
     }
 
 
-def _gain(folder: Path) -> dict[str, Any]:
+def _gain(run: Path) -> dict[str, Any]:
     """The last evaluation of each protocol against the first, paired by problem."""
     gains = {}
-    for name, (first, last) in _ends(folder).items():
+    for name, (first, last) in _ends(run).items():
         found = compare(first, last)
         gains[name] = {
             "before": found.before,
@@ -130,9 +132,9 @@ def _gain(folder: Path) -> dict[str, Any]:
     return gains
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
+def _samples(run: Path) -> list[dict[str, Any]]:
     """Greedy answers to the first problems, before and after."""
-    ends = _ends(folder).get("heldout_greedy")
+    ends = _ends(run).get("heldout_greedy")
     if ends is None:
         return []
     before, after = ({row["id"]: row for row in read_rows(e / "results.jsonl")} for e in ends)
@@ -146,14 +148,13 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _ends(folder: Path) -> dict[str, tuple[Path, Path]]:
+def _ends(run: Path) -> dict[str, tuple[Path, Path]]:
     """Each protocol's first and last evaluation."""
     steps: dict[str, list[int]] = {}
-    for path in folder.glob("*-*/summary.json"):
-        name, _, step = path.parent.name.rpartition("-")
-        steps.setdefault(name, []).append(int(step))
+    for name, step, _ in scored(run):
+        steps.setdefault(name, []).append(step)
     return {
-        name: (folder / f"{name}-{min(found)}", folder / f"{name}-{max(found)}")
+        name: (run / "eval" / f"{name}-{min(found)}", run / "eval" / f"{name}-{max(found)}")
         for name, found in steps.items()
         if len(found) > 1
     }
@@ -354,7 +355,7 @@ def _scored(name: str, scores: dict[str, Any]) -> list[str]:
         f"{scores.get('problems')} × {scores.get('samples')}",
         ", ".join(f"{sampling[key]:g}" for key in ("temperature", "top_p") if key in sampling),
         _percent(scores.get("avg")),
-        *(_between(scores.get(f"ci_{kind}")) for kind in ("sampling", "bootstrap")),
+        *(between(scores.get(f"ci_{kind}")) for kind in ("sampling", "bootstrap")),
         _percent(scores.get("maj")),
         "".join(f"{_percent(value)} (k = {k})" for k, value in best),
         _percent(scores.get("boxed")),
@@ -364,10 +365,6 @@ def _scored(name: str, scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def _between(interval: list[float] | None) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
-
-
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
@@ -375,28 +372,21 @@ def _percent(value: float | None) -> str:
 def pictures(result: dict[str, Any]) -> dict[str, str]:
     """Name -> SVG, of what the run logged."""
     imitated = [(row["step"], row["kl"]) for row in result["distill"] if "kl" in row]
+    scores = [
+        Scored(*_place(entry), entry[1])
+        for entry in result["evaluations"].items()
+        if entry[1].get("avg") is not None
+    ]
     drawn = {}
     if imitated:
         drawn["distillation"] = _standalone([Curve("KL(teacher, student)", imitated)])
     for name, keys in CURVES.items():
-        curves = [curve for curve in (_curve(result, key) for key in keys) if curve.points]
+        curves = [
+            c for c in (metric_curve(key, result["steps"], scores) for key in keys) if c.points
+        ]
         if curves:
             drawn[name] = _standalone(curves)
     return drawn
-
-
-def _curve(result: dict[str, Any], key: str) -> Curve:
-    """A metric of the steps; of evaluations the score, with its interval."""
-    if not key.startswith("eval/"):
-        rows = result["steps"]
-        return Curve(key, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
-    found = sorted(
-        (_place(entry)[1], entry[1])
-        for entry in result["evaluations"].items()
-        if _place(entry)[0] == key.removeprefix("eval/") and entry[1].get("avg") is not None
-    )
-    intervals = [(at, *scores["ci_bootstrap"]) for at, scores in found if scores["ci_bootstrap"]]
-    return Curve(key, [(step, scores["avg"]) for step, scores in found], intervals)
 
 
 def samples(result: dict[str, Any]) -> str:

@@ -386,6 +386,12 @@ class Reward(Section):
     weight: float = 1.0
     args: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def file(self) -> str | None:
+        """FILE.py of `FILE.py:function`."""
+        place = self.name.rpartition(":")[0]
+        return place if place.endswith(".py") else None
+
 
 class Rewards(Section):
     components: list[Reward] = Field(

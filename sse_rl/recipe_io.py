@@ -143,9 +143,7 @@ def check_files(recipe: Recipe, *, origin: str = "recipe") -> None:
     if source.endswith(".gguf"):
         files["model.convert.source"] = source
     for index, component in enumerate(recipe.rewards.components):
-        file = component.name.rpartition(":")[0]
-        if file.endswith(".py"):
-            files[f"rewards.components.{index}.name"] = file
+        files[f"rewards.components.{index}.name"] = component.file
     if recipe.model.path is not None and not Path(recipe.model.path).is_dir():
         raise UserError(f"{origin}: model.path = {recipe.model.path}: no such folder")
     for key, path in files.items():

@@ -6,7 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import ray
@@ -14,8 +16,8 @@ import torch
 
 from sse_rl.errors import Interrupted, RunError
 from sse_rl.pipeline import cluster
-from sse_rl.pipeline.best import offer
-from sse_rl.pipeline.checkpoint import atomic_folder, is_complete, prune, step_folder
+from sse_rl.pipeline.best import kept, offer, restore
+from sse_rl.pipeline.checkpoint import atomic_folder, is_complete, prune, saved_steps, step_folder
 from sse_rl.pipeline.collapse import collapse
 from sse_rl.pipeline.overlap import Beside, BetweenSteps
 from sse_rl.pipeline.remarks import WINDOW, remarks
@@ -108,7 +110,16 @@ class Controller:
         prune(self.run_dir, keep=self.recipe.checkpoint.keep)
 
     def load(self, step: int) -> None:
-        """Go on from checkpoints/step-<step>, which is whole."""
+        """Go on from checkpoints/step-<step>, which is whole.
+
+        If the best weights were of a later step, those that are left are chosen from anew: the
+        base, which the learner holds until now, and the checkpoints.
+        """
+        if self.recipe.checkpoint.best and kept(self.run_dir) is None:
+            savers: dict[int, Callable[[Path], Any]] = {0: self._save_model}
+            for saved in saved_steps(self.run_dir):
+                savers[saved] = partial(copytree, step_folder(self.run_dir, saved) / "model")
+            restore(self.run_dir, read_rows(self.run_dir / METRICS), savers)
         folder = step_folder(self.run_dir, step)
         loaded = self.learner.load.remote(str(folder))
         cluster.get(loaded, f"the learner (loading {folder})", timeout_s=self._timeout_s)

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,14 +60,14 @@ def read_sources(components: list[Reward]) -> dict[str, bytes]:
     machine may have no such file. Raises UserError naming a file that cannot be read."""
     sources = {}
     for component in components:
-        file = component.name.rpartition(":")[0]
-        if file.endswith(".py"):
-            try:
-                sources[component.name] = Path(file).read_bytes()
-            except OSError as error:
-                raise UserError(
-                    f"rewards.components: {component.name!r}: {file} cannot be read: {error}"
-                ) from None
+        if component.file is None:
+            continue
+        try:
+            sources[component.name] = Path(component.file).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"rewards.components: {component.name!r}: {component.file} cannot be read: {error}"
+            ) from None
     return sources
 
 
@@ -191,8 +191,8 @@ def reward_function(reward: Reward, source: bytes | None = None) -> RewardFuncti
     if ":" in reward.name:
         place, _, name = reward.name.rpartition(":")
         try:
-            load = importlib.import_module if source is None else partial(_module, source=source)
-            function = getattr(load(place), name)
+            module = importlib.import_module(place) if source is None else _module(place, source)
+            function = getattr(module, name)
         except Exception as error:  # a module of the user's may raise anything
             raise UserError(
                 f"rewards.components: {reward.name!r} cannot be imported: "

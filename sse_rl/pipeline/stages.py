@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import ray
@@ -25,7 +23,7 @@ from sse_rl.data.tokenizer import end_token_ids, load_tokenizer
 from sse_rl.errors import Interrupted, UserError
 from sse_rl.pipeline import cluster, difficulty
 from sse_rl.pipeline.benchmarks import RunBenchmark, answer_tokens, run_benchmarks
-from sse_rl.pipeline.best import BEST, kept, restore
+from sse_rl.pipeline.best import BEST
 from sse_rl.pipeline.checkpoint import saved_steps, step_folder
 from sse_rl.pipeline.controller import Controller, publish
 from sse_rl.pipeline.evaluate import (
@@ -52,7 +50,7 @@ from sse_rl.pipeline.source import GroupSource
 from sse_rl.pipeline.summary import summarize
 from sse_rl.recipe import Grpo, Recipe
 from sse_rl.report.console import RunConsole
-from sse_rl.report.sinks import METRICS, Sinks, read_rows
+from sse_rl.report.sinks import Sinks
 from sse_rl.rollout.worker import EngineSpec
 from sse_rl.types import Prompt
 
@@ -292,25 +290,8 @@ class Job:
         )
         if start:
             controller.load(start)
-        if start and recipe.checkpoint.best and kept(self.run_dir) is None:
-            self._restore_best(base)
         publish(learner, pool, version=start, timeout_s=timeout_s)
         controller.train(start)
-
-    def _restore_best(self, base: Path) -> None:
-        """After a resume from before the best weights: choose among those that are left."""
-        import torch
-
-        from sse_rl.pipeline.evaluate import load_policy
-
-        def save_base(folder: Path) -> None:  # as it was scored
-            load_policy(base, getattr(torch, self.recipe.model.dtype)).save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-        savers: dict[int, Callable[[Path], Any]] = {0: save_base}
-        for step in saved_steps(self.run_dir):
-            savers[step] = partial(copytree, step_folder(self.run_dir, step) / "model")
-        restore(self.run_dir, read_rows(self.run_dir / METRICS), savers)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
+
+from sse_rl.report.scores import Scored
 
 WIDTH, HEIGHT = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 40, 310, 8, 126
@@ -20,6 +23,16 @@ class Curve:
     """(step, value)."""
     intervals: Sequence[tuple[float, float, float]] = ()
     """(step, low, high)."""
+
+
+def metric_curve(key: str, rows: Sequence[Mapping[str, Any]], scores: Iterable[Scored]) -> Curve:
+    """A metric of the steps; of `eval/<protocol>` the scores, and where other problems of the kind
+    might take them."""
+    if not key.startswith("eval/"):
+        return Curve(key, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
+    found = sorted((s.step, s.summary) for s in scores if f"eval/{s.protocol}" == key)
+    bars = [(step, *s["ci_bootstrap"]) for step, s in found if s.get("ci_bootstrap")]
+    return Curve(key, [(step, s["avg"]) for step, s in found], bars)
 
 
 def draw(curves: Sequence[Curve], *, named: bool = False) -> str:

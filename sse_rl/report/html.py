@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sse_rl.errors import UserError
-from sse_rl.report.curves import Curve, draw
+from sse_rl.report.curves import draw, metric_curve
 from sse_rl.report.scores import Scored, scored
 from sse_rl.report.sinks import METRICS, SAMPLES, read_rows
 
@@ -161,19 +161,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _curves(rows: list[dict[str, Any]], scores: list[Scored]) -> str:
     figures = []
     for title, keys in CURVES.items():
-        curves = [curve for curve in (_curve(rows, scores, key) for key in keys) if curve.points]
+        curves = [c for c in (metric_curve(key, rows, scores) for key in keys) if c.points]
         if curves:
             figures.append(f"<figure><figcaption>{title}</figcaption>{draw(curves)}</figure>")
     return "".join(figures)
-
-
-def _curve(rows: list[dict[str, Any]], scores: list[Scored], key: str) -> Curve:
-    """A metric of the steps; of evaluations the score, and where other problems might take it."""
-    if not key.startswith("eval/"):
-        return Curve(key, [(row["step"], row[key]) for row in rows if row.get(key) is not None])
-    found = sorted((s.step, s.summary) for s in scores if f"eval/{s.protocol}" == key)
-    bars = [(step, *s["ci_bootstrap"]) for step, s in found if s.get("ci_bootstrap")]
-    return Curve(key, [(step, s["avg"]) for step, s in found], bars)
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
